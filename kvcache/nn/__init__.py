@@ -1,0 +1,22 @@
+"""Flax NNX layers that take a cache and return it.
+
+A layer owns weights and nothing else; keys and values live in the `Context` that goes in and
+comes out. `as_function` turns a finished module into the plain callable that `kvcache.serve`
+and `kvcache.generate` want.
+"""
+
+from kvcache.nn.attention import PagedAttention
+from kvcache.nn.functional import as_function
+from kvcache.nn.linear import Linear
+from kvcache.nn.norm import RMSNorm
+from kvcache.nn.rotary import Rotary, apply_rotary, llama3_factors
+
+__all__ = [
+  "Linear",
+  "PagedAttention",
+  "RMSNorm",
+  "Rotary",
+  "apply_rotary",
+  "as_function",
+  "llama3_factors",
+]

@@ -1,0 +1,112 @@
+"""Self-attention whose keys and values live in a paged cache."""
+
+from flax import nnx
+import jax
+from jax.typing import DTypeLike
+import jax.numpy as jnp
+
+from kvcache.attention import attend
+from kvcache.context import Context, write_kv
+from kvcache.metadata import StepMetadata
+from kvcache.nn.linear import Linear
+from kvcache.nn.norm import RMSNorm
+from kvcache.nn.rotary import Rotary, apply_rotary
+
+
+class PagedAttention(nnx.Module):
+  """Grouped-query causal self-attention over the sequences of a `Context`.
+
+  There is no prefill and no decode mode: the metadata says which row of the context each of the
+  step's tokens belongs to, and a token attends to everything its row has stored and to the
+  step's own earlier tokens. The layer writes the step's keys and values into the cache and
+  returns the cache.
+
+  Attributes:
+    qkv: Joint projection to queries, keys and values, in this order.
+    out: Projection back to the features.
+    q_norm, k_norm: Normalisation of each head before the rotation (Qwen3), or None.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rngs: nnx.Rngs,
+    rotary: Rotary | None = None,
+    use_bias: bool = False,
+    use_out_bias: bool = False,
+    qk_norm: bool = False,
+    norm_epsilon: float = 1e-5,
+    dtype: DTypeLike = jnp.float32,
+    shape_invariant: bool = False,
+  ):
+    """Makes the layer with random weights.
+
+    Args:
+      features: Width of the residual stream.
+      num_heads: `H`, a multiple of `num_kv_heads`.
+      num_kv_heads: `K`.
+      head_dim: `D`.
+      rngs: Source of the initial weights.
+      rotary: Position embedding of queries and keys; None for no position embedding.
+      use_bias: Whether the projection to queries, keys and values has a bias (Qwen2).
+      use_out_bias: Whether the output projection has one.
+      qk_norm: Whether queries and keys are normalised per head (Qwen3).
+      norm_epsilon: Epsilon of these norms.
+      dtype: Of the weights.
+      shape_invariant: As in `kvcache.nn.linear.multiply`.
+    """
+    if num_heads % num_kv_heads:
+      raise ValueError(
+        f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+      )
+    self.num_heads = num_heads
+    self.num_kv_heads = num_kv_heads
+    self.head_dim = head_dim
+    self.rotary = rotary
+    kwargs = dict(dtype=dtype, rngs=rngs, shape_invariant=shape_invariant)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    self.qkv = Linear(features, width, use_bias=use_bias, **kwargs)
+    self.out = Linear(num_heads * head_dim, features, use_bias=use_out_bias, **kwargs)
+    norm = dict(epsilon=norm_epsilon, dtype=dtype)
+    self.q_norm = RMSNorm(head_dim, **norm) if qk_norm else None
+    self.k_norm = RMSNorm(head_dim, **norm) if qk_norm else None
+
+  def __call__(
+    self,
+    x: jax.Array,
+    layer: jax.Array | int,
+    metadata: StepMetadata,
+    ctx: Context,
+    *,
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[jax.Array, Context]:
+    """Attends, and stores the keys and values of the step.
+
+    Args:
+      x: `[T, features]`, one row per token of the step.
+      layer: Which of the context's layers this is; may be traced, for a scan over layers.
+      metadata: What the step computes, from `step_metadata`.
+      ctx: The cache.
+      rotation: Cosines and sines of the step's positions, if the caller computed them once for
+        all layers; default `rotary(metadata.positions)`.
+
+    Returns:
+      `[T, features]` and the cache with this layer's keys and values written.
+    """
+    num_tokens = x.shape[0]
+    heads = self.qkv(x).reshape(num_tokens, -1, self.head_dim)
+    cuts = (self.num_heads, self.num_heads + self.num_kv_heads)
+    q, k, v = jnp.split(heads, cuts, axis=1)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if self.rotary is not None:
+      if rotation is None:
+        rotation = self.rotary(metadata.positions)
+      q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
+    ctx = write_kv(ctx, layer, k, v, metadata)
+    attended = attend(ctx, layer, q, metadata)
+    return self.out(attended.astype(x.dtype).reshape(num_tokens, -1)), ctx

@@ -1,0 +1,43 @@
+"""A module as a plain function whose arrays are arguments.
+
+A compiled loop must not see a module: every call would walk its attributes in Python (thousands
+of callbacks per step for a deep model) and arrays found by closure would become constants of the
+program. `as_function` walks the module once.
+"""
+
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.tree_util import Partial
+
+
+def as_function(module: nnx.Module) -> Partial:
+  """Returns a callable that does what `module` does and owns its arrays as leaves.
+
+  The result is a pytree: pass it to a jitted function, close a `while_loop` over it, or shard it
+  like any tree of arrays. Its code part is equal for modules of equal structure, so programs
+  compiled for one set of weights serve another one without a new trace. It is a picture of the
+  module at the time of the call: later changes of the module are not seen.
+
+  Args:
+    module: A module whose call changes none of its variables.
+
+  Returns:
+    A `jax.tree_util.Partial` with the call signature of `module`.
+  """
+  graph, state = nnx.split(module)
+  arrays, structure = jax.tree.flatten(state)
+  return Partial(_call_of(graph, structure), arrays)
+
+
+@functools.lru_cache(maxsize=64)
+def _call_of(graph: nnx.GraphDef, structure: jax.tree_util.PyTreeDef):
+  """Makes one function per structure: jit compares functions by identity."""
+
+  def call_module(arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
+    module = nnx.merge(graph, jax.tree.unflatten(structure, arrays))
+    return module(*args, **kwargs)
+
+  return call_module

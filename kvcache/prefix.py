@@ -1,0 +1,407 @@
+"""PrefixIndex: which blocks hold which tokens, and which to give up first.
+
+Two structures over the same `N` blocks:
+
+*   A set-associative table from hash to block. A bucket has a fixed number of ways, each a tag
+    beside a block id; a lookup reads them all. A block knows its own way, so removing it clears
+    that way directly: no tombstones, no probing. An insert that finds its bucket full is given
+    up; a block that is not indexed is only a lost hit.
+*   A ring of evictable blocks in the order in which their last holder let go, children before
+    parents. An entry counts while its block's `queue_pos` still names it, so taking a block out
+    of the middle is one store. Ring order is least recently used with leaves first, because
+    every holder of a child also holds its parent.
+
+A hit is exact: tokens, namespace and the parent block are compared, never the hash alone.
+"""
+
+import flax.struct
+from jax import Array, lax
+import jax.numpy as jnp
+
+from kvcache import hashing, ragged
+from kvcache.config import NULL_BLOCK
+
+_MARK = -(1 << 30)
+
+
+@flax.struct.dataclass(kw_only=True)
+class PrefixIndex:
+  """What is known of each block's tokens. "Cached" means in the index.
+
+  Attributes:
+    block_tokens: `[N, block_size]` int32. Tokens of every block in use or cached.
+    prefix_hash: `[N, 2]` uint32. Hash of the tokens up to the block's end, if cached.
+    parent: `[N]` int32. The block before it in its prefix, `NULL_BLOCK` for a first block.
+    depth: `[N]` int32. Its column in every row that holds it.
+    namespace: `[N]` int32. Namespace of the prefix.
+    num_children: `[N]` int32. Cached blocks whose parent it is.
+    way_of: `[N]` int32. One plus its place in the flat table, 0 if not cached.
+    queue_pos: `[N]` int32. One plus its place in the ring, 0 if not evictable.
+    way_ids: `[B, W]` int32. The table's block ids, `NULL_BLOCK` for an empty way.
+    way_tags: `[B, W]` uint32. Second lane of each block's hash.
+    queue: `[R]` int32. The ring; entries from `queue_head` up to `queue_tail` may count.
+    queue_head: `[]` int32.
+    queue_tail: `[]` int32.
+    num_evictable: `[]` int32. Entries that count.
+    salt: `[2]` uint32. Makes hashes of this context differ from those of others.
+  """
+
+  block_tokens: Array
+  prefix_hash: Array
+  parent: Array
+  depth: Array
+  namespace: Array
+  num_children: Array
+  way_of: Array
+  queue_pos: Array
+  way_ids: Array
+  way_tags: Array
+  queue: Array
+  queue_head: Array
+  queue_tail: Array
+  num_evictable: Array
+  salt: Array
+
+  @property
+  def num_blocks(self) -> int:
+    """`N`."""
+    return self.parent.shape[-1]
+
+  @property
+  def block_size(self) -> int:
+    """Token positions in one block."""
+    return self.block_tokens.shape[-1]
+
+  def is_cached(self, block_ids: Array) -> Array:
+    """Whether each listed block is in the index."""
+    return self.way_of[block_ids] > 0
+
+
+def init(
+  *,
+  num_blocks: int,
+  block_size: int,
+  num_buckets: int,
+  num_ways: int,
+  queue_size: int,
+  salt: Array,
+) -> PrefixIndex:
+  """Makes an empty index."""
+
+  def zeros(*shape: int, dtype=jnp.int32) -> Array:
+    return jnp.zeros(shape, dtype)
+
+  return PrefixIndex(
+    block_tokens=zeros(num_blocks, block_size),
+    prefix_hash=zeros(num_blocks, hashing.LANES, dtype=jnp.uint32),
+    parent=zeros(num_blocks),
+    depth=zeros(num_blocks),
+    namespace=zeros(num_blocks),
+    num_children=zeros(num_blocks),
+    way_of=zeros(num_blocks),
+    queue_pos=zeros(num_blocks),
+    way_ids=zeros(num_buckets, num_ways),
+    way_tags=zeros(num_buckets, num_ways, dtype=jnp.uint32),
+    queue=zeros(queue_size),
+    queue_head=zeros(),
+    queue_tail=zeros(),
+    num_evictable=zeros(),
+    salt=salt,
+  )
+
+
+def store_tokens(index: PrefixIndex, slots: Array, tokens: Array) -> PrefixIndex:
+  """Remembers `tokens [T]` at flat write addresses `slots [T]`; one past the end drops."""
+  flat = index.block_tokens.reshape(-1).at[slots].set(tokens, mode="drop")
+  return index.replace(block_tokens=flat.reshape(index.block_tokens.shape))
+
+
+def copy_tokens(index: PrefixIndex, source: Array, target: Array) -> PrefixIndex:
+  """Copies whole blocks of tokens; a target of `N` drops the entry."""
+  rows = ragged.hold(index.block_tokens[source])
+  return index.replace(
+    block_tokens=index.block_tokens.at[target].set(rows, mode="drop")
+  )
+
+
+# --- Finding ----------------------------------------------------------------------------------
+
+
+def match(
+  index: PrefixIndex, tokens: Array, num_full: Array, namespaces: Array
+) -> tuple[Array, Array]:
+  """Finds the longest cached prefix of each prompt, in whole blocks.
+
+  Args:
+    index: The index.
+    tokens: `[A, C, block_size]` int32. The prompts' first `C` blocks.
+    num_full: `[A]` int32. How many of them may be matched.
+    namespaces: `[A]` int32.
+
+  Returns:
+    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids are the cached prefix, the
+    others are `NULL_BLOCK`.
+  """
+  digests = hashing.digest(tokens)
+  hashes = hashing.chain_from_root(digests, hashing.root(index.salt, namespaces))
+  candidates = _lookup(index, hashes)[1]
+  parents = jnp.pad(candidates[:, :-1], ((0, 0), (1, 0)))
+  column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+  hit = (
+    _is_same(index, candidates, tokens, namespaces[:, None])
+    & (index.parent[candidates] == parents)
+    & (column < num_full[:, None])
+  )
+  num_hits = jnp.min(
+    jnp.where(hit, tokens.shape[1], column), axis=1, initial=tokens.shape[1]
+  ).astype(jnp.int32)
+  return jnp.where(column < num_hits[:, None], candidates, NULL_BLOCK), num_hits
+
+
+def _bucket(index: PrefixIndex, hashes: Array) -> Array:
+  mask = jnp.uint32(index.way_ids.shape[0] - 1)
+  return (hashing.mix(hashes[..., 0]) & mask).astype(jnp.int32)
+
+
+def _lookup(index: PrefixIndex, hashes: Array) -> tuple[Array, Array, Array]:
+  """Reads the buckets of `hashes [..., 2]`: `(buckets, candidates, way_ids [..., W])`."""
+  buckets = _bucket(index, hashes)
+  ids = index.way_ids[buckets]
+  is_match = index.way_tags[buckets] == hashes[..., 1:]
+  return buckets, jnp.max(jnp.where(is_match, ids, NULL_BLOCK), axis=-1), ids
+
+
+def _is_same(
+  index: PrefixIndex, candidates: Array, tokens: Array, namespaces: Array
+) -> Array:
+  """Whether candidate blocks truly hold the tokens; the parent is still to be compared."""
+  return (
+    (candidates != NULL_BLOCK)
+    & jnp.all(index.block_tokens[candidates] == tokens, axis=-1)
+    & (index.namespace[candidates] == namespaces)
+  )
+
+
+# --- Inserting --------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass(kw_only=True)
+class Insertion:
+  """What became of each entry of one `insert`.
+
+  Attributes:
+    block_ids: `[E]` int32. The canonical block: the entry's own, or an equal one found.
+    is_done: `[E]` bool. The block is in the index. Within a segment, a leading run.
+    is_hopeless: `[E]` bool. The entry can never be inserted; at most one per segment.
+  """
+
+  block_ids: Array
+  is_done: Array
+  is_hopeless: Array
+
+
+def insert(
+  index: PrefixIndex,
+  block_ids: Array,
+  previous: Array,
+  namespaces: Array,
+  depths: Array,
+  *,
+  offsets: Array,
+  is_valid: Array,
+) -> tuple[PrefixIndex, Insertion]:
+  """Puts full blocks into the index, or finds the equal ones that are there already.
+
+  The entries are segments of consecutive blocks of a row. An entry that loses a way to an
+  earlier entry of the same call is neither done nor hopeless and may be tried again. The first
+  entry of the list is always done or hopeless, so trying again makes progress.
+
+  Args:
+    index: The index. `block_tokens` of the blocks are in place.
+    block_ids: `[E]` int32.
+    previous: `[E]` int32. The cached block before each segment's first one, else ignored.
+    namespaces: `[E]` int32.
+    depths: `[E]` int32.
+    offsets: `[E]` int32. Place of each entry in its segment; a segment's entries are adjacent.
+    is_valid: `[E]` bool.
+  """
+  entry = jnp.arange(block_ids.shape[0], dtype=jnp.int32)
+  starts = entry - offsets
+  is_first = offsets == 0
+  tokens = index.block_tokens[block_ids]
+  base_block = previous[starts]
+  base = jnp.where(
+    (base_block != NULL_BLOCK)[:, None],
+    index.prefix_hash[base_block],
+    hashing.root(index.salt, namespaces),
+  )
+  hashes = hashing.chain(
+    hashing.digest(tokens), base, segment_starts=starts, offsets=offsets
+  )
+  buckets, candidates, ids = _lookup(index, hashes)
+  is_hit = is_valid & _is_same(index, candidates, tokens, namespaces)
+  canonical = jnp.where(is_hit, candidates, block_ids)
+  parents = jnp.where(is_first, previous, jnp.roll(canonical, 1))
+  is_true_hit = is_hit & (index.parent[candidates] == parents)
+
+  # New blocks take the first empty way, counted from a place the tag chooses, so that two
+  # blocks of one call rarely want the same one. If they do, the earlier entry wins.
+  num_ways = index.way_ids.shape[1]
+  turn = (hashes[:, 1] % jnp.uint32(num_ways)).astype(jnp.int32)
+  ways = (turn[:, None] + jnp.arange(num_ways, dtype=jnp.int32)[None]) % num_ways
+  is_empty = jnp.take_along_axis(ids, ways, axis=1) == NULL_BLOCK
+  way = jnp.take_along_axis(ways, jnp.argmax(is_empty, axis=1)[:, None], axis=1)[:, 0]
+  place = buckets * num_ways + way
+  wants = is_valid & ~is_hit & jnp.any(is_empty, axis=1)
+  flat_ids = index.way_ids.reshape(-1)
+  num_places = flat_ids.shape[0]
+  marks = entry + _MARK
+  to = ragged.masked(place, wants, num_places)
+  flat_ids = flat_ids.at[to].min(marks, mode="drop")
+  has_won = ragged.hold(wants & (flat_ids[place] == marks))
+
+  is_good = is_true_hit | has_won | ~is_valid
+  last_bad = lax.cummax(jnp.where(is_good, -1, entry))
+  is_done = is_valid & (last_bad < starts)
+  is_first_bad = ~is_good & (jnp.where(is_first, -1, jnp.roll(last_bad, 1)) < starts)
+  has_lost = wants & ~has_won
+
+  is_new = is_done & ~is_hit
+  flat_ids = flat_ids.at[to].max(0, mode="drop")  # Wipes the marks.
+  place = ragged.masked(place, is_new, num_places)
+  block = ragged.masked(block_ids, is_new, index.num_blocks)
+  family = ragged.masked(parents, is_new & (parents != NULL_BLOCK), index.num_blocks)
+
+  def put(field: Array, value: Array) -> Array:
+    return field.at[block].set(value, mode="drop")
+
+  index = index.replace(
+    way_ids=flat_ids.at[place]
+    .set(block_ids, mode="drop")
+    .reshape(index.way_ids.shape),
+    way_tags=index.way_tags.reshape(-1)
+    .at[place]
+    .set(hashes[:, 1], mode="drop")
+    .reshape(index.way_tags.shape),
+    way_of=put(index.way_of, place + 1),
+    prefix_hash=put(index.prefix_hash, hashes),
+    parent=put(index.parent, parents),
+    depth=put(index.depth, depths),
+    namespace=put(index.namespace, namespaces),
+    num_children=put(index.num_children, jnp.zeros_like(block))
+    .at[family]
+    .add(1, mode="drop"),
+  )
+  return index, Insertion(
+    block_ids=canonical, is_done=is_done, is_hopeless=is_first_bad & ~has_lost
+  )
+
+
+def remove(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
+  """Takes distinct cached blocks without cached children out of the index.
+
+  Evictable blocks are still in the ring after this; the caller takes them out.
+  """
+  num_places = index.way_ids.size
+  place = ragged.masked(index.way_of[block_ids] - 1, mask, num_places)
+  parents = ragged.hold(index.parent[block_ids])
+  family = ragged.masked(parents, mask & (parents != NULL_BLOCK), index.num_blocks)
+  block = ragged.masked(block_ids, mask, index.num_blocks)
+  place = ragged.hold(place)
+  return index.replace(
+    way_ids=index.way_ids.reshape(-1)
+    .at[place]
+    .set(NULL_BLOCK, mode="drop")
+    .reshape(index.way_ids.shape),
+    way_of=index.way_of.at[block].set(0, mode="drop"),
+    num_children=index.num_children.at[family].add(-1, mode="drop"),
+  )
+
+
+# --- The eviction ring ------------------------------------------------------------------------
+
+
+def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
+  """Makes room at the ring's end for `num_pushes <= N` blocks.
+
+  Costs the ring's size, but only once per at least `N` pushes: afterwards the ring holds at most
+  `N` entries of its `3 N` slots.
+  """
+
+  def compact(index: PrefixIndex) -> PrefixIndex:
+    at = jnp.arange(index.queue.shape[0], dtype=jnp.int32)
+    counts = (at >= index.queue_head) & (at < index.queue_tail)
+    counts &= index.queue_pos[index.queue] == at + 1
+    to = ragged.masked(ragged.ranks(counts), counts, index.queue.shape[0])
+    block = ragged.masked(index.queue, counts, index.num_blocks)
+    return index.replace(
+      queue=jnp.zeros_like(index.queue).at[to].set(index.queue, mode="drop"),
+      queue_pos=index.queue_pos.at[block].set(to + 1, mode="drop"),
+      queue_head=jnp.zeros_like(index.queue_head),
+      queue_tail=ragged.sum_int(counts),
+    )
+
+  # Runs at most once: afterwards the tail is at most N, and 2 N slots are free. A `while`
+  # instead of a `cond` because the arrays are then updated in place.
+  return lax.while_loop(
+    lambda index: index.queue_tail + num_pushes > index.queue.shape[0], compact, index
+  )
+
+
+def enqueue(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
+  """Puts distinct cached blocks at the ring's end, in list order.
+
+  The caller has made room with `compact_queue`.
+  """
+  at = index.queue_tail + ragged.ranks(mask)
+  num = ragged.sum_int(mask)
+  to = ragged.masked(at, mask, index.queue.shape[0])
+  block = ragged.masked(block_ids, mask, index.num_blocks)
+  return index.replace(
+    queue=index.queue.at[to].set(block_ids, mode="drop"),
+    queue_pos=index.queue_pos.at[block].set(at + 1, mode="drop"),
+    queue_tail=index.queue_tail + num,
+    num_evictable=index.num_evictable + num,
+  )
+
+
+def dequeue(index: PrefixIndex, block_ids: Array) -> PrefixIndex:
+  """Takes adopted blocks out of the ring; ids may repeat, those not in it are ignored."""
+  waits = ragged.hold(index.queue_pos[block_ids] > 0)
+  block = ragged.masked(block_ids, waits, index.num_blocks)
+  marks = _MARK - jnp.arange(block_ids.shape[0], dtype=jnp.int32)
+  queue_pos = index.queue_pos.at[block].min(marks, mode="drop")
+  is_last = ragged.hold(waits & (queue_pos[block_ids] == marks))
+  return index.replace(
+    queue_pos=queue_pos.at[block].max(0, mode="drop"),
+    num_evictable=index.num_evictable - ragged.sum_int(is_last),
+  )
+
+
+def pop(
+  index: PrefixIndex, count: Array, *, num_entries: int
+) -> tuple[PrefixIndex, Array, Array]:
+  """Evicts up to `count` blocks from the ring's next `num_entries` slots.
+
+  Returns:
+    `(index, block_ids [E], mask [E])`: the evicted blocks, which are no longer cached.
+  """
+  entry = jnp.arange(num_entries, dtype=jnp.int32)
+  at = index.queue_head + entry
+  block_ids = index.queue[jnp.minimum(at, index.queue.shape[0] - 1)]
+  counts = (at < index.queue_tail) & (index.queue_pos[block_ids] == at + 1)
+  rank = ragged.ranks(counts)
+  mask = ragged.hold(counts & (rank < count))
+  num = ragged.sum_int(mask)
+  # The head moves past every slot looked at, but not past the entry after the last one taken.
+  num_seen = jnp.where(
+    num == count, jnp.max(jnp.where(mask, entry + 1, 0)), jnp.int32(num_entries)
+  )
+  block = ragged.masked(block_ids, mask, index.num_blocks)
+  index = remove(index, block_ids, mask)
+  index = index.replace(
+    queue_pos=index.queue_pos.at[block].set(0, mode="drop"),
+    queue_head=jnp.minimum(index.queue_head + num_seen, index.queue_tail),
+    num_evictable=index.num_evictable - num,
+  )
+  return index, block_ids, mask

@@ -1,0 +1,74 @@
+"""Publishing: full blocks of live rows enter the prefix index.
+
+`commit` only stores tokens and lengths. Before the next admission, release, preemption or fork,
+the new full blocks of all rows are published here in chunks of fixed size. A block that equals
+an indexed one is given back and the row goes on with the indexed one, so that equal prompts that
+arrive together converge to one copy and parents are always canonical.
+"""
+
+from jax import Array, lax
+import jax.numpy as jnp
+
+from kvcache import blocks, prefix, ragged, sequences
+from kvcache.blocks import BlockPool
+from kvcache.config import NULL_BLOCK
+from kvcache.prefix import PrefixIndex
+from kvcache.sequences import SequenceTable
+
+Tables = tuple[BlockPool, SequenceTable, PrefixIndex]
+
+
+def pending(table: SequenceTable, index: PrefixIndex) -> Array:
+  """`[S]` int32: full blocks of each row that are still to be published."""
+  num_full = table.seq_lens // index.block_size
+  may = table.is_active & ~table.is_sealed
+  return jnp.where(may, num_full - table.num_published, 0)
+
+
+def publish(tables: Tables, *, chunk_size: int) -> Tables:
+  """Publishes every full block of every row that is not sealed."""
+  # Ends because the first entry of a round is always published or seals its row.
+  return lax.while_loop(
+    lambda tables: jnp.any(pending(tables[1], tables[2]) > 0),
+    lambda tables: _round(*tables, num_entries=chunk_size),
+    tables,
+  )
+
+
+def _round(
+  pool: BlockPool, table: SequenceTable, index: PrefixIndex, *, num_entries: int
+) -> Tables:
+  counts = pending(table, index)
+  entries = ragged.expand(counts, num_entries)
+  rows, valid = entries.rows, entries.is_valid
+  columns = table.num_published[rows] + entries.offsets
+  own = jnp.where(valid, table.block_tables[rows, columns], NULL_BLOCK)
+  before = table.block_tables[rows, jnp.maximum(columns - 1, 0)]
+  own, previous = ragged.hold(own, jnp.where(valid & (columns > 0), before, NULL_BLOCK))
+  index, done = prefix.insert(
+    index,
+    own,
+    previous,
+    table.namespaces[rows],
+    columns,
+    offsets=entries.offsets,
+    is_valid=valid,
+  )
+
+  swapped = done.is_done & (done.block_ids != own)
+  adopted = jnp.where(swapped, done.block_ids, NULL_BLOCK)
+  pool = blocks.share(pool, adopted)
+  index = prefix.dequeue(index, adopted)
+  given = jnp.where(swapped, own, NULL_BLOCK)
+  pool, _ = blocks.release(pool, given, keep=jnp.zeros_like(swapped))
+
+  table = sequences.set_blocks(table, rows, columns, adopted, swapped)
+  to = ragged.masked(rows, done.is_done, table.max_seqs)
+  num_published = table.num_published.at[to].add(1, mode="drop")
+  hopeless = ragged.masked(rows, done.is_hopeless, table.max_seqs)
+  table = table.replace(
+    num_published=num_published,
+    num_frozen=jnp.maximum(table.num_frozen, num_published),
+    is_sealed=table.is_sealed.at[hopeless].set(True, mode="drop"),
+  )
+  return pool, table, index

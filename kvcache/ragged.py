@@ -1,0 +1,94 @@
+"""Flat lists of ragged rows: row `s` has `counts[s]` entries, laid end to end.
+
+Every transition that touches a varying number of things per row works on such a list of static
+length, so that its cost is the number of things and not rows times the longest row.
+"""
+
+import flax.struct
+from jax import Array, lax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass(kw_only=True)
+class Ragged:
+  """The first `E` entries of the rows, in row order.
+
+  Attributes:
+    rows: `[E]` int32. Row of each entry, 0 where not valid.
+    offsets: `[E]` int32. Index of the entry within its row, 0 where not valid.
+    is_valid: `[E]` bool. False past the last entry.
+    starts: `[S]` int32. Flat index of each row's first entry.
+    total: `[]` int32. Entries of all rows, which may exceed `E`.
+  """
+
+  rows: Array
+  offsets: Array
+  is_valid: Array
+  starts: Array
+  total: Array
+
+
+def expand(counts: Array, num_entries: int) -> Ragged:
+  """Lists the first `num_entries` entries of rows with `counts` entries each.
+
+  Args:
+    counts: `[S]` int32, non-negative.
+    num_entries: `E`, the static length of the list.
+  """
+  ends = jnp.cumsum(counts)
+  starts = ends - counts
+  entry = jnp.arange(num_entries, dtype=jnp.int32)
+  is_valid = entry < ends[-1]
+  rows = jnp.searchsorted(ends, entry, side="right", method="scan_unrolled")
+  rows = jnp.where(is_valid, rows.astype(jnp.int32), 0)
+  offsets = jnp.where(is_valid, entry - starts[rows], 0)
+  # Without the barrier XLA recomputes the search inside every consumer.
+  rows, offsets = lax.optimization_barrier((rows, offsets))
+  return Ragged(
+    rows=rows, offsets=offsets, is_valid=is_valid, starts=starts, total=ends[-1]
+  )
+
+
+def first_come(need: Array, available: Array, *, order: Array | None = None):
+  """Serves rows in order until one does not fit; later ones that need something wait too.
+
+  Args:
+    need: `[S]` int32, non-negative.
+    available: `[]` int32.
+    order: `[S]` int32 permutation: the row served first, second and so on.
+
+  Returns:
+    `(starts, fits)`: `[S]` int32, what the rows before took; `[S]` bool. A row that needs
+    nothing always fits.
+  """
+  if order is None:
+    ends = jnp.cumsum(need)
+  else:
+    ends = jnp.zeros_like(need).at[order].set(jnp.cumsum(need[order]))
+  return ends - need, (need == 0) | (ends <= available)
+
+
+def ranks(mask: Array) -> Array:
+  """`[E]` int32: how many entries of a `[E]` bool mask are set before each one."""
+  set_before = jnp.cumsum(mask.astype(jnp.int32))
+  return set_before - mask.astype(jnp.int32)
+
+
+def masked(index: Array, mask: Array, size: int) -> Array:
+  """Returns `index` where `mask`, one past the end elsewhere, for scatters that drop."""
+  return jnp.where(mask, index, jnp.int32(size))
+
+
+def hold(*arrays: Array):
+  """Keeps gathered values apart from a later scatter into the array they came from.
+
+  XLA on CPU otherwise fuses the gather into a later consumer and copies the whole source array
+  to keep it readable.
+  """
+  held = lax.optimization_barrier(arrays)
+  return held[0] if len(arrays) == 1 else held
+
+
+def sum_int(mask: Array) -> Array:
+  """`[]` int32 number of set entries."""
+  return jnp.sum(mask, dtype=jnp.int32)

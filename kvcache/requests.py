@@ -1,0 +1,293 @@
+"""Requests: prompts, outputs, sampling settings and status of many requests, as one pytree.
+
+There is no prefill mode and no decode mode. A request knows how many tokens it has, prompt and
+output together (`lengths`); its row in the context knows how many of them are computed
+(`seq_lens`). A step computes some of the difference, and a row whose every token is computed
+samples the next one.
+"""
+
+from collections.abc import Sequence
+import enum
+
+import flax.struct
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+from kvcache import sampling
+from kvcache.errors import Status
+from kvcache.sampling import SamplingParams, SamplingSettings
+
+NO_TOKEN = -1
+"""Pads lists of stop tokens; no vocabulary has it."""
+
+
+class RequestStatus(enum.IntEnum):
+  """Where a request is in its life. A preempted request waits again."""
+
+  WAITING = 0
+  RUNNING = 1
+  FINISHED = 2
+
+
+class FinishReason(enum.IntEnum):
+  """Why a request ended."""
+
+  NONE = 0
+  """It has not."""
+  STOP = 1
+  """It sampled one of its stop tokens."""
+  LENGTH = 2
+  """It has the `max_new_tokens` it asked for."""
+  CAPACITY = 3
+  """It is as long as a sequence of this context can be."""
+  REFUSED = 4
+  """It can never be served; `refusals` says why."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class Requests:
+  """`Q` requests; `C` is the longest that any of them can get.
+
+  Attributes:
+    tokens: `[Q, C]` int32. Prompt, then output.
+    prompt_lens: `[Q]` int32.
+    lengths: `[Q]` int32. Tokens known so far, prompt and output.
+    max_lens: `[Q]` int32. `lengths` at which the request has all it asked for.
+    status: `[Q]` int32 `RequestStatus`.
+    finish_reason: `[Q]` int32 `FinishReason`.
+    refusals: `[Q]` int32 `Status`. Why it was refused.
+    seq_ids: `[Q]` int32. Its row in the context, -1 while it has none.
+    priority: `[Q]` int32. Higher goes first; equal ones go in order of their index.
+    namespaces: `[Q]` int32.
+    settings: `[Q]` sampling settings.
+    stop_tokens: `[Q, E]` int32, padded with `NO_TOKEN`.
+    num_cached: `[Q]` int32. Prompt tokens found in the cache when first admitted.
+    num_preemptions: `[Q]` int32.
+    logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not wanted.
+    num_steps: `[]` int32. Model steps run for these requests.
+  """
+
+  tokens: Array
+  prompt_lens: Array
+  lengths: Array
+  max_lens: Array
+  status: Array
+  finish_reason: Array
+  refusals: Array
+  seq_ids: Array
+  priority: Array
+  namespaces: Array
+  settings: SamplingSettings
+  stop_tokens: Array
+  num_cached: Array
+  num_preemptions: Array
+  logprobs: Array | None
+  num_steps: Array
+
+  @property
+  def num_requests(self) -> int:
+    """`Q`."""
+    return self.tokens.shape[-2]
+
+  @property
+  def capacity(self) -> int:
+    """`C`."""
+    return self.tokens.shape[-1]
+
+
+@flax.struct.dataclass(kw_only=True)
+class Batch:
+  """The running requests, by row: what a decode step reads and writes instead of `[Q]` arrays.
+
+  Attributes:
+    request_ids: `[S]` int32. Request of each row, `Q` for rows without one.
+    lengths: `[S]` int32.
+    limits: `[S]` int32. `lengths` at which the row ends, by its wish or the context's capacity.
+    max_lens: `[S]` int32. `lengths` at which the request has all it asked for.
+    finish_reason: `[S]` int32.
+    settings: `[S]` sampling settings.
+    stop_tokens: `[S, E]` int32.
+  """
+
+  request_ids: Array
+  lengths: Array
+  limits: Array
+  max_lens: Array
+  finish_reason: Array
+  settings: SamplingSettings
+  stop_tokens: Array
+
+  @property
+  def is_finished(self) -> Array:
+    """`[S]` bool: rows whose request ended and that wait to be released."""
+    return self.finish_reason != FinishReason.NONE
+
+
+def make_requests(
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int | Sequence[int],
+  sampling_params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+  stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+  priority: Sequence[int] | None = None,
+  namespace: Sequence[int] | None = None,
+  logprobs: bool = False,
+  capacity: int | None = None,
+) -> Requests:
+  """Builds requests on the host.
+
+  Args:
+    prompts: `Q` lists of token ids. An empty one, or one that no context can hold, is refused
+      by the scheduler and disturbs nobody.
+    max_new_tokens: Output tokens wanted, for all or for each; at least 1.
+    sampling_params: For all or for each.
+    stop_tokens: Ids that end a request when sampled, for all or a list for each.
+    priority: For each; all 0 if omitted. Between -1000 and 1000.
+    namespace: For each; all 0 if omitted.
+    logprobs: Whether to record the log-probabilities of output tokens.
+    capacity: Upper bound for `C`, commonly `config.max_tokens_per_seq + 1`. What does not fit
+      is not stored; the request ends with `FinishReason.CAPACITY` or is refused.
+
+  Raises:
+    ValueError: An argument has the wrong length or range.
+  """
+  num = len(prompts)
+  if not num:
+    raise ValueError("prompts must not be empty")
+  wanted = _each("max_new_tokens", max_new_tokens, num)
+  if min(wanted) < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, got {min(wanted)}")
+  params = (
+    [sampling_params] * num
+    if isinstance(sampling_params, SamplingParams)
+    else list(sampling_params)
+  )
+  if len(params) != num:
+    raise ValueError(f"sampling_params has {len(params)} entries for {num} prompts")
+  priorities = _each("priority", 0 if priority is None else priority, num)
+  if max(map(abs, priorities)) > MAX_PRIORITY:
+    raise ValueError(f"priority must be within +-{MAX_PRIORITY}")
+  namespaces = _each("namespace", 0 if namespace is None else namespace, num)
+  per_request = len(stop_tokens) > 0 and not isinstance(stop_tokens[0], int | np.integer)
+  stops = list(stop_tokens) if per_request else [stop_tokens] * num
+  if len(stops) != num:
+    raise ValueError(f"stop_tokens has {len(stops)} lists for {num} prompts")
+
+  prompt_lens = np.array([len(prompt) for prompt in prompts], np.int32)
+  max_lens = np.minimum(prompt_lens + np.array(wanted, np.int64), 2**31 - 1)
+  longest = int(max_lens.max())
+  width = max(1, longest if capacity is None else min(longest, capacity))
+  tokens = np.zeros((num, width), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    kept = np.asarray(prompt[:width], np.int32)
+    row[: kept.size] = kept
+  stop_width = max(1, max(len(stop) for stop in stops))
+  stop_array = np.full((num, stop_width), NO_TOKEN, np.int32)
+  for row, stop in zip(stop_array, stops, strict=True):
+    row[: len(stop)] = stop
+
+  def full(value: int) -> Array:
+    return jnp.full(num, value, jnp.int32)
+
+  return Requests(
+    tokens=jnp.asarray(tokens),
+    prompt_lens=jnp.asarray(prompt_lens),
+    lengths=jnp.asarray(prompt_lens),
+    max_lens=jnp.asarray(max_lens.astype(np.int32)),
+    status=full(RequestStatus.WAITING),
+    finish_reason=full(FinishReason.NONE),
+    refusals=full(Status.OK),
+    seq_ids=full(-1),
+    priority=jnp.asarray(np.array(priorities, np.int32)),
+    namespaces=jnp.asarray(np.array(namespaces, np.int32)),
+    settings=sampling.make_settings(params),
+    stop_tokens=jnp.asarray(stop_array),
+    num_cached=full(0),
+    num_preemptions=full(0),
+    logprobs=jnp.zeros((num, width), jnp.float32) if logprobs else None,
+    num_steps=jnp.int32(0),
+  )
+
+
+MAX_PRIORITY = 1000
+
+
+def request_of_row(requests: Requests, max_seqs: int) -> Array:
+  """`[S]` int32: the request in each row, `Q` where there is none."""
+  num = requests.num_requests
+  rows = jnp.where(requests.seq_ids >= 0, requests.seq_ids, max_seqs)
+  ids = jnp.arange(num, dtype=jnp.int32)
+  return jnp.full(max_seqs, num, jnp.int32).at[rows].set(ids, mode="drop")
+
+
+def load_batch(requests: Requests, *, max_seqs: int, max_tokens_per_seq: int) -> Batch:
+  """Gathers the running requests by row. `max_tokens_per_seq` is the context's."""
+  ids = request_of_row(requests, max_seqs)
+  at = jnp.minimum(ids, requests.num_requests - 1)
+  max_lens = requests.max_lens[at]
+  # The last token is sampled but never computed, hence one more than a sequence can store.
+  limits = jnp.minimum(max_lens, min(requests.capacity, max_tokens_per_seq + 1))
+  is_running = ids < requests.num_requests
+  return Batch(
+    request_ids=ids,
+    lengths=jnp.where(is_running, requests.lengths[at], 0),
+    limits=limits,
+    max_lens=max_lens,
+    finish_reason=jnp.where(is_running, requests.finish_reason[at], 0),
+    settings=jax.tree.map(lambda field: field[at], requests.settings),
+    stop_tokens=requests.stop_tokens[at],
+  )
+
+
+def store_batch(requests: Requests, batch: Batch) -> Requests:
+  """Writes back what the steps changed: lengths and finish reasons."""
+  ids = batch.request_ids
+  return requests.replace(
+    lengths=requests.lengths.at[ids].set(batch.lengths, mode="drop"),
+    finish_reason=requests.finish_reason.at[ids].set(batch.finish_reason, mode="drop"),
+  )
+
+
+def append(
+  requests: Requests,
+  batch: Batch,
+  tokens: Array,
+  mask: Array,
+  *,
+  logprobs: Array | None = None,
+) -> tuple[Requests, Batch]:
+  """Appends a sampled token to each row in `mask`, and ends rows that are complete.
+
+  Args:
+    requests: The requests; only `tokens` and `logprobs` change.
+    batch: The running rows.
+    tokens: `[S]` int32.
+    mask: `[S]` bool.
+    logprobs: `[S]` float32, if recorded.
+  """
+  ids = jnp.where(mask, batch.request_ids, requests.num_requests)
+  at = batch.lengths
+  requests = requests.replace(
+    tokens=requests.tokens.at[ids, at].set(tokens, mode="drop")
+  )
+  if logprobs is not None and requests.logprobs is not None:
+    table = requests.logprobs.at[ids, at].set(logprobs, mode="drop")
+    requests = requests.replace(logprobs=table)
+  lengths = batch.lengths + mask.astype(jnp.int32)
+  stops = jnp.any(batch.stop_tokens == tokens[:, None], axis=1)
+  reason = jnp.where(lengths >= batch.limits, FinishReason.CAPACITY, FinishReason.NONE)
+  reason = jnp.where(lengths >= batch.max_lens, FinishReason.LENGTH, reason)
+  reason = jnp.where(stops, FinishReason.STOP, reason).astype(jnp.int32)
+  batch = batch.replace(
+    lengths=lengths, finish_reason=jnp.where(mask, reason, batch.finish_reason)
+  )
+  return requests, batch
+
+
+def _each(name: str, value: int | Sequence[int], num: int) -> list[int]:
+  values = [value] * num if isinstance(value, int | np.integer) else list(value)
+  if len(values) != num:
+    raise ValueError(f"{name} has {len(values)} entries for {num} prompts")
+  return [int(v) for v in values]

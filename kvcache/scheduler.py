@@ -1,0 +1,346 @@
+"""Who computes how many tokens in the next step: admission, chunking and preemption.
+
+Pure functions. A policy is `policy(ctx, requests) -> order`: `[Q]` int32, smaller is served
+first. Waiting requests are admitted in that order, prompts share the token budget in that order,
+and when memory runs short the running request that comes last in it is preempted.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import flax.struct
+from jax import Array, lax
+import jax.numpy as jnp
+
+from kvcache import context, ragged
+from kvcache.context import Context
+from kvcache.errors import Status
+from kvcache.requests import (
+  Batch,
+  FinishReason,
+  load_batch,
+  MAX_PRIORITY,
+  Requests,
+  RequestStatus,
+)
+
+Policy = Callable[[Context, Requests], Array]
+
+_LAST = 2**31 - 1
+
+
+def first_come_first_served(ctx: Context, requests: Requests) -> Array:
+  """Higher priority first, then in order of index. Needs fewer than 2^20 requests."""
+  del ctx
+  index = jnp.arange(requests.num_requests, dtype=jnp.int32)
+  return (MAX_PRIORITY - requests.priority) * (1 << 20) + index
+
+
+def shortest_first(ctx: Context, requests: Requests) -> Array:
+  """Fewest tokens still to be sampled first; equal ones in order of index."""
+  del ctx
+  index = jnp.arange(requests.num_requests, dtype=jnp.int32)
+  left = jnp.clip(requests.max_lens - requests.lengths, 0, (1 << 11) - 2)
+  return left * (1 << 20) + index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+  """Static settings of the loop; hashable.
+
+  Attributes:
+    token_budget: `T` of a mixed step: tokens computed in it, decoding rows and prompt chunks
+      together. At least `max_seqs`, so that decoding rows never miss a step.
+    max_admissions: `A`, prompts looked at in one step.
+    watermark: Blocks that each mixed step leaves free, by eviction, so that the decode steps
+      that follow find some. `max_seqs` if None.
+    defer_shared: Whether a prompt waits while another one computes blocks that it could adopt.
+    admission: Order in which requests are served.
+    preemption: Order whose last running request is preempted. `admission` if None.
+  """
+
+  token_budget: int = 256
+  max_admissions: int = 8
+  watermark: int | None = None
+  defer_shared: bool = True
+  admission: Policy = first_come_first_served
+  preemption: Policy | None = None
+
+  def __post_init__(self):
+    for name in ("token_budget", "max_admissions"):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if self.watermark is not None and self.watermark < 0:
+      raise ValueError(f"watermark must not be negative, got {self.watermark}")
+
+
+@flax.struct.dataclass(kw_only=True)
+class Plan:
+  """What the next step does.
+
+  Attributes:
+    query_lens: `[S]` int32. Tokens each row computes.
+    order: `[S]` int32. Rows in the order in which they are served.
+    has_prefill: `[]` bool. Whether some row computes, or waits to compute, more than one token.
+    is_stalled: `[]` bool. Whether a waiting request was turned away for want of blocks; asking
+      again makes sense after another one has finished.
+  """
+
+  query_lens: Array
+  order: Array
+  has_prefill: Array
+  is_stalled: Array
+
+
+def schedule(
+  ctx: Context, requests: Requests, scheduler: SchedulerConfig
+) -> tuple[Context, Requests, Plan]:
+  """Releases finished rows, admits, preempts and shares out the token budget.
+
+  Blocks for the plan's `query_lens` are free afterwards; `extend` with the plan's order takes
+  them.
+
+  Args:
+    ctx: The context.
+    requests: The requests.
+    scheduler: Static settings.
+  """
+  check_budget(ctx, scheduler)
+  policy = scheduler.admission
+  ctx, requests = _release_finished(ctx, requests)
+  ctx, requests, num_preempted = _preempt(ctx, requests, scheduler)
+  order = policy(ctx, requests)
+  ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, num_preempted)
+  ctx, plan = _share_budget(ctx, requests, scheduler, policy(ctx, requests))
+  return ctx, requests, plan.replace(is_stalled=is_stalled)
+
+
+def check_budget(ctx: Context, scheduler: SchedulerConfig) -> None:
+  """Raises `ValueError` if decoding rows could miss a step."""
+  if scheduler.token_budget < ctx.config.max_seqs:
+    raise ValueError(
+      f"token_budget={scheduler.token_budget} must be at least"
+      f" max_seqs={ctx.config.max_seqs}"
+    )
+
+
+def running(ctx: Context, requests: Requests) -> Batch:
+  """The running requests by row."""
+  return load_batch(
+    requests,
+    max_seqs=ctx.config.max_seqs,
+    max_tokens_per_seq=ctx.config.max_tokens_per_seq,
+  )
+
+
+def num_available(ctx: Context) -> Array:
+  """`[]` int32: blocks that are free or can be made so by eviction."""
+  return ctx.pool.num_free + ctx.prefix.num_evictable
+
+
+def needs_block(ctx: Context, mask: Array) -> Array:
+  """`[S]` bool: rows in `mask` that cannot store one more token in their blocks."""
+  table = ctx.sequences
+  return mask & (table.seq_lens == table.num_blocks * ctx.config.block_size)
+
+
+def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Requests]:
+  batch = running(ctx, requests)
+  done = batch.is_finished
+  ctx = context.finish(ctx, done)
+  ids = jnp.where(done, batch.request_ids, requests.num_requests)
+  requests = requests.replace(
+    status=requests.status.at[ids].set(int(RequestStatus.FINISHED), mode="drop"),
+    seq_ids=requests.seq_ids.at[ids].set(-1, mode="drop"),
+  )
+  return ctx, requests
+
+
+def _preempt(
+  ctx: Context, requests: Requests, scheduler: SchedulerConfig
+) -> tuple[Context, Requests, Array]:
+  """Sends the last running requests back until the others can take a token each."""
+  policy = scheduler.preemption or scheduler.admission
+
+  def must_serve(ctx: Context, requests: Requests) -> tuple[Array, Array]:
+    batch = running(ctx, requests)
+    live = ctx.sequences.is_active
+    decodes = live & (batch.lengths - ctx.sequences.seq_lens == 1)
+    # Without a decoding row the first of the prompts must be able to go on.
+    first = _row_order(policy(ctx, requests), batch, live)[0]
+    row = jnp.arange(live.shape[0], dtype=jnp.int32)
+    must = jnp.where(jnp.any(decodes), decodes, live & (row == first))
+    return ragged.sum_int(needs_block(ctx, must)), live
+
+  def is_short(state: tuple[Context, Requests, Array]) -> Array:
+    needed, live = must_serve(state[0], state[1])
+    return (needed > num_available(state[0])) & (ragged.sum_int(live) > 1)
+
+  def preempt_last(state: tuple[Context, Requests, Array]):
+    ctx, requests, num = state
+    batch = running(ctx, requests)
+    live = ctx.sequences.is_active
+    at = jnp.minimum(batch.request_ids, requests.num_requests - 1)
+    rank = jnp.where(live, policy(ctx, requests)[at], -1)
+    victim = jnp.argmax(rank).astype(jnp.int32)
+    row = jnp.arange(live.shape[0], dtype=jnp.int32)
+    ctx = context.finish(ctx, live & (row == victim))
+    request = batch.request_ids[victim]
+    requests = requests.replace(
+      status=requests.status.at[request].set(int(RequestStatus.WAITING)),
+      seq_ids=requests.seq_ids.at[request].set(-1),
+      num_preemptions=requests.num_preemptions.at[request].add(1),
+    )
+    return ctx, requests, num + 1
+
+  # Ends because every round ends one live row.
+  return lax.while_loop(is_short, preempt_last, (ctx, requests, jnp.int32(0)))
+
+
+def _admit(
+  ctx: Context,
+  requests: Requests,
+  scheduler: SchedulerConfig,
+  order: Array,
+  num_preempted: Array,
+) -> tuple[Context, Requests, Array]:
+  """Admits waiting requests in order, as far as rows and blocks reach."""
+  config = ctx.config
+  num_candidates = min(scheduler.max_admissions, requests.num_requests, config.max_seqs)
+  waiting = requests.status == RequestStatus.WAITING
+  keys, candidates = lax.top_k(-jnp.where(waiting, order, _LAST), num_candidates)
+  is_candidate = (keys > -_LAST) & (num_preempted == 0)
+  lengths = jnp.where(is_candidate, requests.lengths[candidates], 0)
+  prompts = requests.tokens[candidates, : config.max_tokens_per_seq]
+  waits = jnp.zeros_like(is_candidate)
+  if scheduler.defer_shared:
+    waits = is_candidate & _shares_pending(ctx, requests, candidates, lengths, prompts)
+  # Every running row may need one block more soon; a lone request may take the whole pool.
+  budget = num_available(ctx) - ragged.sum_int(ctx.sequences.is_active)
+  ctx, admission = context.admit(
+    ctx,
+    prompts,
+    jnp.where(waits, 0, lengths),
+    namespace=requests.namespaces[candidates],
+    block_budget=budget,
+  )
+  asked = is_candidate & ~waits
+  admitted = asked & (admission.status == Status.OK)
+  refused = asked & is_permanent(admission.status)
+  num = requests.num_requests
+  to = jnp.where(admitted, candidates, num)
+  first_time = admitted & (requests.num_preemptions[candidates] == 0)
+  to_first = jnp.where(first_time, candidates, num)
+  out = jnp.where(refused, candidates, num)
+  status = requests.status.at[to].set(int(RequestStatus.RUNNING), mode="drop")
+  requests = requests.replace(
+    status=status.at[out].set(int(RequestStatus.FINISHED), mode="drop"),
+    seq_ids=requests.seq_ids.at[to].set(admission.seq_ids, mode="drop"),
+    num_cached=requests.num_cached.at[to_first].set(admission.num_cached, mode="drop"),
+    refusals=requests.refusals.at[out].set(admission.status, mode="drop"),
+    finish_reason=requests.finish_reason.at[out].set(
+      int(FinishReason.REFUSED), mode="drop"
+    ),
+  )
+  is_stalled = jnp.any(asked & (admission.status == Status.NO_BLOCKS))
+  return ctx, requests, is_stalled | (num_preempted > 0)
+
+
+def is_permanent(status: Array) -> Array:
+  """Whether each `Status` value is one that never changes."""
+  table = [code.is_permanent for code in Status]
+  return jnp.array(table)[status]
+
+
+def _shares_pending(
+  ctx: Context, requests: Requests, candidates: Array, lengths: Array, prompts: Array
+) -> Array:
+  """`[A]` bool: candidates that could adopt blocks that others are about to compute.
+
+  The others are the candidates before it and the running rows with most prompt tokens left.
+  """
+  config = ctx.config
+  batch = running(ctx, requests)
+  left = batch.lengths - ctx.sequences.seq_lens
+  left = jnp.where(ctx.sequences.is_active & ~batch.is_finished, left, 0)
+  num_others = min(candidates.shape[0], config.max_seqs)
+  left, rows = lax.top_k(left, num_others)
+  others = jnp.minimum(batch.request_ids[rows], requests.num_requests - 1)
+  num_columns = prompts.shape[1] // config.block_size
+  if not num_columns:
+    return jnp.zeros_like(lengths, bool)
+  width = num_columns * config.block_size
+
+  ids = jnp.concatenate([candidates, others])
+  their_tokens = requests.tokens[ids, :width]
+  their_lens = jnp.concatenate([lengths, jnp.where(left > 1, requests.lengths[others], 0)])
+  computed = jnp.concatenate([jnp.zeros_like(lengths), ctx.sequences.seq_lens[rows]])
+  same = jnp.all(
+    (prompts[:, None, :width] == their_tokens[None]).reshape(
+      candidates.shape[0], ids.shape[0], num_columns, config.block_size
+    ),
+    axis=-1,
+  )
+  num_same = jnp.sum(lax.cumprod(same.astype(jnp.int32), axis=2), axis=2)
+  may_adopt = jnp.maximum(lengths - 1, 0) // config.block_size
+  shared = jnp.minimum(
+    num_same, jnp.minimum(may_adopt[:, None], (their_lens // config.block_size)[None])
+  )
+  mine = jnp.arange(candidates.shape[0], dtype=jnp.int32)[:, None]
+  theirs = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
+  is_other = (theirs < mine) | (theirs >= candidates.shape[0])
+  namespaces = requests.namespaces[candidates]
+  is_kin = namespaces[:, None] == requests.namespaces[ids][None]
+  # A candidate before it may be a hit itself: then there is nothing to wait for.
+  _, cached = context.find(ctx, prompts, lengths, namespace=namespaces)
+  ready = jnp.maximum(cached[:, None], (computed // config.block_size)[None])
+  return jnp.any(is_other & is_kin & (shared > ready), axis=1)
+
+
+def _row_order(order: Array, batch: Batch, mask: Array) -> Array:
+  """`[S]` int32: rows sorted by their request's place in the order; rows not in `mask` last."""
+  at = jnp.minimum(batch.request_ids, order.shape[0] - 1)
+  return jnp.argsort(jnp.where(mask, order[at], _LAST)).astype(jnp.int32)
+
+
+def _share_budget(
+  ctx: Context, requests: Requests, scheduler: SchedulerConfig, order: Array
+) -> tuple[Context, Plan]:
+  """Decoding rows take one token each, prompts in order what is left of the budget."""
+  config, table = ctx.config, ctx.sequences
+  batch = running(ctx, requests)
+  live = table.is_active & ~batch.is_finished
+  left = jnp.where(live, batch.lengths - table.seq_lens, 0)
+  by_order = _row_order(order, batch, live)
+  is_prefill = (left > 1)[by_order]
+  # A stable partition: rows that decode, in order, then prompts, in order.
+  place = jnp.where(
+    is_prefill,
+    ragged.sum_int(~is_prefill) + ragged.ranks(is_prefill),
+    ragged.ranks(~is_prefill),
+  )
+  rows = jnp.zeros_like(by_order).at[place].set(by_order)
+
+  wanted = left[rows]
+  before = jnp.cumsum(wanted) - wanted
+  query_lens = jnp.clip(scheduler.token_budget - before, 0, wanted)
+  size = config.block_size
+  seq_lens, num_blocks = table.seq_lens[rows], table.num_blocks[rows]
+  need = jnp.maximum((seq_lens + query_lens + (size - 1)) // size - num_blocks, 0)
+  watermark = config.max_seqs if scheduler.watermark is None else scheduler.watermark
+  watermark = min(watermark, config.num_blocks - 1)
+  num_needed = jnp.sum(need, dtype=jnp.int32)
+  target = jnp.maximum(num_needed, watermark)
+  ctx, _ = context.evict(ctx, jnp.maximum(target - ctx.pool.num_free, 0))
+  # A chunk shrinks to the blocks that are left; later ones wait.
+  free_here = jnp.maximum(ctx.pool.num_free - (jnp.cumsum(need) - need), 0)
+  room = (num_blocks + free_here) * size - seq_lens
+  query_lens = jnp.clip(query_lens, 0, room)
+  plan = Plan(
+    query_lens=jnp.zeros_like(query_lens).at[rows].set(query_lens),
+    order=rows,
+    has_prefill=jnp.any(left > 1),
+    is_stalled=jnp.zeros((), bool),
+  )
+  return ctx, plan

@@ -1,0 +1,25 @@
+"""One strict JAX for every test: CPU, no silent broadcasting, no silent promotion."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+
+ROOT = Path(__file__).parents[1]
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_x64", False)
+# Compiled programs are kept between runs, so that the second run is fast.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# The same examples in every run, and no deadline: the first example compiles.
+hypothesis.settings.register_profile(
+  "house", derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.load_profile("house")

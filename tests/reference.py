@@ -1,0 +1,384 @@
+"""The oracle: the cache in plain Python, one block at a time.
+
+Blocks are objects, tables are lists, the prefix index is a dict from
+`(namespace, tokens of the whole prefix)` to a block, and the queue of evictable blocks
+is a list. Everything is predicted but the block ids: compare up to renaming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from kvcache import Status
+
+Prefix = tuple[int, tuple[int, ...]]
+"""A namespace and all tokens up to the end of a block."""
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+  """One block that is not free."""
+
+  serial: int
+  refs: int = 1
+  prefix: Prefix | None = None  # its key in the index, None if it is not cached
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+  """One row of the sequence table."""
+
+  active: bool = False
+  namespace: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  blocks: list[Block] = dataclasses.field(default_factory=list)
+  num_published: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+  """One token of a step: its place among the packed ones, whose it is, where it goes."""
+
+  index: int
+  row: int
+  position: int
+
+
+class ReferenceCache:
+  """All verbs over dicts and lists; each returns what the real verb reports."""
+
+  def __init__(self, *, num_blocks, block_size, max_seqs, max_blocks_per_seq):
+    self.num_usable = num_blocks - 1
+    self.block_size = block_size
+    self.max_blocks_per_seq = max_blocks_per_seq
+    self.rows = [Row() for _ in range(max_seqs)]
+    self.index: dict[Prefix, Block] = {}
+    self.lru: list[Block] = []  # front first: the next to be evicted
+    self.num_free = self.num_usable
+    self._serials = itertools.count(1)
+    self.counters = self._zeros()
+
+  def _zeros(self):
+    names = "num_admitted prompt_tokens hit_tokens num_complete num_cut num_evicted"
+    return dict.fromkeys(names.split(), 0)
+
+  # Views.
+
+  @property
+  def num_evictable(self):
+    """Cached blocks that nobody holds."""
+    return len(self.lru)
+
+  @property
+  def max_len(self):
+    """Tokens that the widest row can hold."""
+    return self.max_blocks_per_seq * self.block_size
+
+  def inactive_rows(self):
+    """Rows that can be taken, lowest first."""
+    return [s for s, row in enumerate(self.rows) if not row.active]
+
+  def lru_prefixes(self):
+    """Prefixes of the evictable blocks, the next victim first."""
+    return [block.prefix for block in self.lru]
+
+  def num_pending(self):
+    """Full blocks of live rows that `publish` has not seen."""
+    return sum(self._num_full(row) - row.num_published for row in self.rows)
+
+  def room(self, s):
+    """Tokens that fit into the blocks which row `s` owns already."""
+    return self._capacity(self.rows[s]) - len(self.rows[s].tokens)
+
+  def _num_full(self, row):
+    return len(row.tokens) // self.block_size
+
+  def _capacity(self, row):
+    return len(row.blocks) * self.block_size
+
+  def _blocks_for(self, num_tokens):
+    return -(-num_tokens // self.block_size)
+
+  # One block at a time.
+
+  def _allocate(self):
+    assert self.num_free > 0
+    self.num_free -= 1
+    return Block(serial=next(self._serials))
+
+  def _adopt(self, block):
+    if block.refs == 0:
+      self.lru.remove(block)
+    block.refs += 1
+
+  def _release(self, block, *, keep_prefix=True):
+    block.refs -= 1
+    assert block.refs >= 0
+    if block.refs > 0:
+      return
+    if block.prefix is None:
+      self.num_free += 1
+    elif not keep_prefix and not self._has_child(block):
+      self._forget(block)
+    else:
+      self.lru.append(block)
+
+  def _forget(self, block):
+    """Takes a block that nobody holds out of the index and frees it."""
+    assert block.refs == 0
+    del self.index[block.prefix]
+    block.prefix = None
+    self.num_free += 1
+
+  def _has_child(self, block):
+    namespace, tokens = block.prefix
+    return any(
+      len(other) == len(tokens) + self.block_size and other[: len(tokens)] == tokens
+      for other_namespace, other in self.index
+      if other_namespace == namespace
+    )
+
+  def _clear_row(self, s, *, keep_prefix=True):
+    for block in reversed(self.rows[s].blocks):
+      self._release(block, keep_prefix=keep_prefix)
+    self.rows[s] = Row()
+
+  # Verbs.
+
+  def publish(self):
+    """Indexes all full blocks; a row whose block is there already swaps to it."""
+    for row in self.rows:
+      for column in range(row.num_published, self._num_full(row)):
+        end = (column + 1) * self.block_size
+        prefix = (row.namespace, tuple(row.tokens[:end]))
+        mine, known = row.blocks[column], self.index.get(prefix)
+        if known is None:
+          mine.prefix = prefix
+          self.index[prefix] = mine
+        else:
+          assert known is not mine
+          self._adopt(known)
+          row.blocks[column] = known
+          self._release(mine)
+      row.num_published = self._num_full(row)
+
+  def admit(self, prompts, *, lengths, width, namespaces):
+    """Takes a row for each prompt; returns `(seq_id, num_cached, status)` of each.
+
+    `prompts` are as long as `lengths` say, except where those are out of bounds.
+    """
+    self.publish()
+    inactive = self.inactive_rows()
+    results = []
+    for prompt, length, namespace in zip(prompts, lengths, namespaces, strict=True):
+      widest = min(self.max_blocks_per_seq, self.num_usable)
+      if length <= 0:
+        results.append((-1, 0, Status.EMPTY))
+      elif length > width:
+        results.append((-1, 0, Status.INVALID))
+      elif self._blocks_for(length) > widest:
+        results.append((-1, 0, Status.TOO_LONG))
+      elif not inactive:
+        results.append((-1, 0, Status.NO_ROW))
+      else:
+        s = inactive.pop(0)
+        self.rows[s] = self._adopt_prefix(prompt, namespace)
+        self._count_admission(length, len(self.rows[s].tokens))
+        results.append((s, len(self.rows[s].tokens), Status.OK))
+    return results
+
+  def _adopt_prefix(self, prompt, namespace):
+    row = Row(active=True, namespace=namespace)
+    for column in range((len(prompt) - 1) // self.block_size):
+      end = (column + 1) * self.block_size
+      block = self.index.get((namespace, tuple(prompt[:end])))
+      if block is None:
+        break
+      self._adopt(block)
+      row.blocks.append(block)
+    row.num_published = len(row.blocks)
+    row.tokens = list(prompt[: self._capacity(row)])
+    return row
+
+  def _count_admission(self, length, num_cached):
+    best = (length - 1) // self.block_size * self.block_size
+    self.counters["num_admitted"] += 1
+    self.counters["prompt_tokens"] += length
+    self.counters["hit_tokens"] += num_cached
+    self.counters["num_complete" if num_cached == best else "num_cut"] += 1
+
+  def extend(self, query_lens, *, num_tokens=None, order=None):
+    """Makes room; returns the status of each row."""
+    statuses = [Status.OK] * len(self.rows)
+    num_queried = num_needed = 0
+    order = range(len(self.rows)) if order is None else order
+    for s in order:
+      row, query_len = self.rows[s], query_lens[s]
+      if query_len == 0:
+        continue
+      if query_len < 0:
+        statuses[s] = Status.INVALID
+        continue
+      if not row.active:
+        statuses[s] = Status.INACTIVE
+        continue
+      if len(row.tokens) + query_len > self.max_len:
+        statuses[s] = Status.TOO_LONG
+        continue
+      num_queried += query_len
+      bound, asked = (1, query_len) if num_tokens is None else (num_tokens, num_queried)
+      if asked > bound:
+        statuses[s] = Status.OVER_BUDGET
+        continue
+      need = self._blocks_for(len(row.tokens) + query_len) - len(row.blocks)
+      num_needed += max(need, 0)
+      if need > 0 and num_needed > self.num_free:
+        statuses[s] = Status.NO_BLOCKS
+    # Judged against the free blocks before the call, so blocks are taken at the end.
+    for row, query_len, status in zip(self.rows, query_lens, statuses, strict=True):
+      if status == Status.OK and query_len > 0:
+        while self._capacity(row) < len(row.tokens) + query_len:
+          row.blocks.append(self._allocate())
+    return statuses
+
+  def plan_step(self, query_lens, *, num_tokens=None):
+    """Packs the tokens of a step; returns them and each row's number of them."""
+    queries: list[Query] = []
+    effective = []
+    for s, row in enumerate(self.rows):
+      first, left = len(queries), 1
+      if num_tokens is None:
+        first = s  # decode shape: token s belongs to row s
+      else:
+        left = num_tokens - len(queries)
+      query_len = min(max(query_lens[s], 0), self.room(s), left)
+      start = len(row.tokens)
+      queries += [Query(first + i, s, start + i) for i in range(query_len)]
+      effective.append(query_len)
+    return queries, effective
+
+  def commit(self, queries, tokens, effective, *, accepted=None):
+    """Stores the accepted ones of the packed tokens."""
+    if accepted is None:
+      accepted = effective
+    limits = [min(max(a, 0), q) for a, q in zip(accepted, effective, strict=True)]
+    ends = [len(row.tokens) + n for row, n in zip(self.rows, limits, strict=True)]
+    for query in queries:
+      if query.position < ends[query.row]:
+        self.rows[query.row].tokens.append(tokens[query.index])
+
+  def fork(self, sources):
+    """Copies rows; returns `(seq_id, status)` of each."""
+    self.publish()
+    inactive = self.inactive_rows()
+    results = []
+    taken = []
+    num_needed = rank = 0
+    for src in sources:
+      if not 0 <= src < len(self.rows) or not self.rows[src].active:
+        results.append((-1, Status.INACTIVE))
+        continue
+      if rank >= len(inactive):
+        results.append((-1, Status.NO_ROW))
+        continue
+      s = inactive[rank]
+      rank += 1
+      need = int(len(self.rows[src].tokens) % self.block_size != 0)
+      num_needed += need
+      if need and num_needed > self.num_free:
+        results.append((-1, Status.NO_BLOCKS))
+        continue
+      taken.append((src, s, need))
+      results.append((s, Status.OK))
+    for src, s, need in taken:
+      self.rows[s] = self._copy_row(self.rows[src], copies_last=bool(need))
+    return results
+
+  def _copy_row(self, row, *, copies_last):
+    shared = row.blocks[: self._num_full(row)]
+    for block in shared:
+      self._adopt(block)
+    last = [self._allocate()] if copies_last else []
+    return Row(
+      active=True,
+      namespace=row.namespace,
+      tokens=list(row.tokens),
+      blocks=shared + last,
+      num_published=row.num_published,
+    )
+
+  def rewind(self, num_tokens):
+    """Drops the last tokens of each row; returns the status of each row."""
+    statuses = [Status.OK] * len(self.rows)
+    plans = []
+    num_copies = 0
+    for s, (row, count) in enumerate(zip(self.rows, num_tokens, strict=True)):
+      if count == 0:
+        continue
+      if count < 0:
+        statuses[s] = Status.INVALID
+      elif not row.active:
+        statuses[s] = Status.INACTIVE
+      elif count > len(row.tokens):
+        statuses[s] = Status.INVALID
+      else:
+        new_len = len(row.tokens) - count
+        copies = self._must_copy(row, new_len)
+        num_copies += copies
+        if copies and num_copies > self.num_free:
+          statuses[s] = Status.NO_BLOCKS
+        else:
+          plans.append((row, new_len, copies))
+    fresh = [self._allocate() if copies else None for *_, copies in plans]
+    for (row, new_len, copies), copy in zip(plans, fresh, strict=True):
+      self._shorten(row, new_len, copy=copy)
+      assert copies == (copy is not None)
+    return statuses
+
+  def _must_copy(self, row, new_len):
+    """Whether the block that the row would write next is not its own."""
+    if new_len % self.block_size == 0:
+      return False
+    block = row.blocks[new_len // self.block_size]
+    return block.refs > 1 or block.prefix is not None
+
+  def _shorten(self, row, new_len, *, copy):
+    kept = self._blocks_for(new_len)
+    for block in reversed(row.blocks[kept:]):
+      self._release(block)
+    del row.blocks[kept:]
+    if copy is not None:
+      self._release(row.blocks[-1])
+      row.blocks[-1] = copy
+    del row.tokens[new_len:]
+    row.num_published = min(row.num_published, self._num_full(row))
+
+  def finish(self, mask, *, keep_prefix=True):
+    """Empties the masked rows."""
+    if keep_prefix:
+      self.publish()
+    for s, masked in enumerate(mask):
+      if masked and self.rows[s].active:
+        self._clear_row(s, keep_prefix=keep_prefix)
+
+  def evict(self, count):
+    """Frees the least recently used evictable blocks; returns their number."""
+    count = min(max(count, 0), len(self.lru))
+    victims, self.lru = self.lru[:count], self.lru[count:]
+    for block in victims:
+      assert not self._has_child(block), "a root left before its leaf"
+      self._forget(block)
+    self.counters["num_evicted"] += count
+    return count
+
+  def reset(self, *, keep_prefix=False):
+    """Empties all rows, and the index unless it is kept."""
+    if keep_prefix:
+      self.finish([True] * len(self.rows))
+      return
+    self.rows = [Row() for _ in self.rows]
+    self.index.clear()
+    self.lru.clear()
+    self.num_free = self.num_usable
+    self.counters = self._zeros()

@@ -1,0 +1,289 @@
+"""What a context must satisfy, in NumPy: its invariants, the oracle's view, the K/V.
+
+Everything here takes contexts copied to the host with `jax.device_get`, and is written
+without a look at `kvcache.check_invariants`.
+"""
+
+import jax
+import numpy as np
+
+import kvcache
+from kvcache import CacheConfig, Context
+from tests.reference import Prefix, ReferenceCache
+
+PRINT_BITS = 22  # fingerprints are whole numbers that float32 holds exactly
+
+
+def cached_prefixes(host: Context) -> dict[int, Prefix]:
+  """The prefix of every cached block, found by following its parents."""
+  index = host.prefix
+  parents, spaces = index.parent.tolist(), index.namespace.tolist()
+  tokens = index.block_tokens.tolist()
+  prefixes: dict[int, Prefix] = {0: (0, ())}
+  cached = np.flatnonzero(index.way_of)
+  for block in cached[np.argsort(index.depth[cached], kind="stable")].tolist():
+    _, before = prefixes[parents[block]]  # a KeyError: the parent is not cached
+    prefixes[block] = (spaces[block], before + tuple(tokens[block]))
+  del prefixes[0]
+  return prefixes
+
+
+def evictable_blocks(host: Context) -> list[int]:
+  """The queue of evictable blocks, the next victim first."""
+  waiting = np.flatnonzero(host.prefix.queue_pos)
+  return waiting[np.argsort(host.prefix.queue_pos[waiting])].tolist()
+
+
+# Invariants.
+
+
+def check_invariants(host: Context) -> None:
+  """Asserts everything that must hold after any sequence of verbs."""
+  for part in (_check_pool, _check_rows, _check_index, _check_queue):
+    part(host)
+
+
+def _check_pool(host):
+  pool, N = host.pool, host.pool.ref_counts.size
+  free = pool.free_list[: pool.num_free].tolist()
+  assert len(free) == pool.num_free and len(set(free)) == len(free), "free ids repeat"
+  assert all(0 < block < N for block in free), "a free id is out of range"
+  held = np.bincount(host.sequences.block_tables.ravel(), minlength=N)
+  held[0] = 0
+  np.testing.assert_array_equal(pool.ref_counts, held, "ref_counts")
+  is_free = np.zeros(N, bool)
+  is_free[free] = True
+  is_evictable = (host.prefix.way_of > 0) & (held == 0)
+  kinds = is_free.astype(int) + is_evictable + (held > 0)
+  assert (kinds[1:] == 1).all(), "a block is not exactly one of free, evictable, in use"
+  assert is_evictable.sum() == host.prefix.num_evictable, "num_evictable"
+  assert not host.prefix.way_of[0] and not host.prefix.queue_pos[0], (
+    "null block is used"
+  )
+
+
+def _check_rows(host):
+  rows, block_size = host.sequences, host.prefix.block_size
+  refs, way_of = host.pool.ref_counts, host.prefix.way_of
+  column = np.arange(rows.max_blocks_per_seq)
+  owned = column < rows.num_blocks[:, None]
+  tables = rows.block_tables
+  assert ((tables > 0) == owned).all(), "a table is not dense"
+  assert (-(-rows.seq_lens // block_size) <= rows.num_blocks).all(), "num_blocks"
+  assert (rows.seq_lens >= 0).all() and (rows.num_blocks <= column.size).all()
+  num_full = rows.seq_lens // block_size
+  assert (0 <= rows.num_published).all() and (rows.num_published <= num_full).all()
+  for name in ("num_blocks", "seq_lens", "num_published", "is_sealed", "namespaces"):
+    assert not getattr(rows, name)[~rows.is_active].any(), f"inactive row has {name}"
+  for table, length in zip(tables.tolist(), rows.num_blocks.tolist(), strict=True):
+    assert len(set(table[:length])) == length, "a row holds a block twice"
+  full = column < num_full[:, None]
+  own = owned & ~full
+  assert (refs[tables[own]] == 1).all(), "a block that may be written is shared"
+  assert not way_of[tables[own]].any(), "a block that may be written is cached"
+  published = column < rows.num_published[:, None]
+  assert way_of[tables[published]].all(), "a published block is not cached"
+  pending = full & ~published & ~rows.is_sealed[:, None]
+  assert (refs[tables[pending]] == 1).all(), "a shared block is not published"
+  index, parents = host.prefix, np.pad(tables, ((0, 0), (1, 0)))[:, :-1]
+  seen = owned & (way_of[tables] > 0)
+  assert (index.depth[tables] == column)[seen].all(), "depth is not the column"
+  assert (index.parent[tables] == parents)[seen].all(), "parent is not the block before"
+  same_space = index.namespace[tables] == rows.namespaces[:, None]
+  assert same_space[seen].all(), "a row holds a block of another namespace"
+
+
+def _check_index(host):
+  index = host.prefix
+  cached = np.flatnonzero(index.way_of)
+  prefixes = cached_prefixes(host)
+  assert len(set(prefixes.values())) == cached.size, "two blocks cache one prefix"
+  parents = index.parent[cached]
+  depths = np.where(parents > 0, index.depth[parents] + 1, 0)
+  assert (index.depth[cached] == depths).all(), "depth is not the parent's plus one"
+  roots = parents == 0
+  same_space = index.namespace[parents] == index.namespace[cached]
+  assert (same_space | roots).all(), "parent and child differ in namespace"
+  children = np.bincount(parents[~roots], minlength=index.num_blocks)
+  assert (index.num_children[cached] == children[cached]).all(), "num_children"
+  ids = index.way_ids.ravel()
+  used = np.flatnonzero(ids)
+  assert used.size == cached.size, "the table and way_of disagree"
+  assert (index.way_of[ids[used]] == used + 1).all(), "way_of names another way"
+  tags = index.way_tags.ravel()[used]
+  assert (tags == index.prefix_hash[ids[used], 1]).all(), (
+    "a tag is not its block's hash"
+  )
+
+
+def _check_queue(host):
+  index, refs = host.prefix, host.pool.ref_counts
+  waits = index.queue_pos > 0
+  assert (waits == ((index.way_of > 0) & (refs == 0))).all(), "queue_pos"
+  blocks = np.flatnonzero(waits)
+  places = index.queue_pos[blocks] - 1
+  assert (index.queue[places] == blocks).all(), "the ring has another block there"
+  assert (index.queue_head <= places).all() and (places < index.queue_tail).all()
+  parents = index.parent[blocks]
+  before = waits[parents] & (index.queue_pos[parents] - 1 < places)
+  assert not before.any(), "a parent stands before its child"
+
+
+# The oracle's view.
+
+
+def check_oracle(host: Context, oracle: ReferenceCache) -> None:
+  """Asserts that the context is the oracle's state, up to the names of blocks."""
+  rows = host.sequences
+  wanted = {
+    "is_active": [row.active for row in oracle.rows],
+    "seq_lens": [len(row.tokens) for row in oracle.rows],
+    "num_blocks": [len(row.blocks) for row in oracle.rows],
+    "num_published": [row.num_published for row in oracle.rows],
+    "namespaces": [row.namespace for row in oracle.rows],
+    "is_sealed": [False] * len(oracle.rows),
+  }
+  for name, values in wanted.items():
+    assert getattr(rows, name).tolist() == values, (name, getattr(rows, name), values)
+  for name, value in oracle.counters.items():
+    assert getattr(host.counters, name) == value, (name, host.counters, value)
+  assert host.pool.num_free == oracle.num_free, ("num_free", oracle.num_free)
+  assert host.prefix.num_evictable == oracle.num_evictable, "num_evictable"
+
+  twins = {}  # block id -> the oracle's block
+  tables = rows.block_tables.tolist()
+  stored = host.prefix.block_tokens
+  for s, row in enumerate(oracle.rows):
+    table = tables[s][: len(row.blocks)]
+    for block_id, block in zip(table, row.blocks, strict=True):
+      assert twins.setdefault(block_id, block) is block, (
+        f"row {s}: {block_id} is shared"
+      )
+    tokens = stored[table].ravel()[: len(row.tokens)].tolist()
+    assert tokens == row.tokens, f"row {s}: tokens {tokens}, expected {row.tokens}"
+  prefixes = cached_prefixes(host)
+  assert set(prefixes.values()) == oracle.index.keys(), "cached prefixes"
+  for block_id, prefix in prefixes.items():
+    block = oracle.index[prefix]
+    assert twins.setdefault(block_id, block) is block, f"{block_id} is not its twin"
+  assert len(set(map(id, twins.values()))) == len(twins), "two ids, one block"
+  refs = host.pool.ref_counts
+  for block_id, block in twins.items():
+    assert refs[block_id] == block.refs, f"ref_counts of {block_id}, not {block.refs}"
+    assert (block_id in prefixes) == (block.prefix is not None), "cached or not"
+  queue = [prefixes[block_id] for block_id in evictable_blocks(host)]
+  assert queue == oracle.lru_prefixes(), "the order of eviction"
+
+
+def check_metadata(metadata, queries, effective, num_tokens, is_decode, before) -> None:
+  """Asserts that a step's view is the oracle's plan."""
+  rows, block_size = before.sequences, before.prefix.block_size
+  slots = np.full(num_tokens, before.pool.num_blocks * block_size)
+  last = {}
+  for query in queries:
+    block = rows.block_tables[query.row, query.position // block_size]
+    slots[query.index] = block * block_size + query.position % block_size
+    assert metadata.seq_ids[query.index] == query.row, "seq_ids"
+    assert metadata.positions[query.index] == query.position, "positions"
+    last[query.row] = query.index
+  np.testing.assert_array_equal(metadata.slot_mapping, slots, "slot_mapping")
+  np.testing.assert_array_equal(metadata.query_lens, effective, "query_lens")
+  effective = np.array(effective)
+  seq_lens = np.where(effective > 0, rows.seq_lens + effective, 0)
+  np.testing.assert_array_equal(metadata.seq_lens, seq_lens, "seq_lens")
+  starts = np.ones_like(effective) if is_decode else effective
+  cu_seqlens = [0, *np.cumsum(starts)]
+  np.testing.assert_array_equal(metadata.cu_seqlens, cu_seqlens, "cu_seqlens")
+  for s, index in last.items():
+    assert metadata.logits_indices[s] == index, "logits_indices"
+  for name in ("seq_ids", "positions", "logits_indices"):  # padding is in range too
+    values = getattr(metadata, name)
+    assert (values >= 0).all(), name
+  assert metadata.num_tokens == num_tokens
+  assert same_bits(metadata.block_tables, rows.block_tables), "block_tables"
+
+
+def check_views(before: Context, ctx: Context, host: Context) -> None:
+  """Asserts that `check_invariants`, `events` and `stats` agree with a plain look."""
+  kvcache.check_invariants(ctx)
+  events = jax.device_get(_events(before, ctx))
+  old, new = cached_prefixes(before), cached_prefixes(host)
+  changed = {
+    block for block in old.keys() | new.keys() if old.get(block) != new.get(block)
+  }
+  assert set(np.flatnonzero(events.stored)) == changed & new.keys(), "events.stored"
+  assert set(np.flatnonzero(events.removed)) == changed & old.keys(), "events.removed"
+  stats, refs = jax.device_get(_stats(ctx)), host.pool.ref_counts
+  wanted = {
+    "num_sequences": host.sequences.is_active.sum(),
+    "num_tokens": host.sequences.seq_lens.sum(),
+    "num_free": host.pool.num_free,
+    "num_evictable": host.prefix.num_evictable,
+    "num_in_use": (refs > 0).sum(),
+    "num_shared": (refs > 1).sum(),
+    "num_references": refs.sum(),
+    "num_cached": len(new),
+  }
+  for name, value in wanted.items():
+    assert getattr(stats, name) == value, (name, getattr(stats, name), value)
+
+
+_events, _stats = jax.jit(kvcache.events), jax.jit(kvcache.stats)
+
+
+# Contents: a fingerprint of the whole prefix, different in each place of K and V.
+
+
+def fingerprints(namespace: int, tokens: list[int]) -> np.ndarray:
+  """One uint32 for each token, which depends on all tokens up to it."""
+  positions = np.arange(1, len(tokens) + 1, dtype=np.uint32)
+  weights = (positions * np.uint32(2654435761)) | np.uint32(1)
+  sums = np.cumsum((np.array(tokens, np.uint32) + 1) * weights, dtype=np.uint32)
+  return sums + np.uint32(namespace % 2**32 * 40503 % 2**32) + positions
+
+
+def contents(cache: CacheConfig, prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """K and V `[L, *prints.shape, K, D]` of tokens with these fingerprints."""
+  layer = cache.layers[0]
+  places = (2, len(cache.layers), layer.num_kv_heads, layer.head_dim)
+  factors = np.arange(np.prod(places), dtype=np.uint32).reshape(places)
+  factors = factors * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B)  # all odd
+  lead = (2, len(cache.layers), *(1,) * prints.ndim, *places[2:])
+  mixed = prints[..., None, None] * factors.reshape(lead)
+  keys, values = (mixed >> np.uint32(32 - PRINT_BITS)).astype(cache.dtype)
+  return keys, values
+
+
+def check_contents(host: Context, oracle: ReferenceCache) -> None:
+  """Asserts that every stored token of a row or a cached block has its K and V."""
+  block_size = host.prefix.block_size
+  prints = np.zeros(host.prefix.block_tokens.shape, np.uint32)
+  expected = np.zeros(prints.shape, bool)
+  for row, table in zip(oracle.rows, host.sequences.block_tables, strict=True):
+    columns, offsets = np.divmod(np.arange(len(row.tokens)), block_size)
+    prints[table[columns], offsets] = fingerprints(row.namespace, row.tokens)
+    expected[table[columns], offsets] = True
+  for block, (namespace, tokens) in cached_prefixes(host).items():
+    if not expected[block].all():
+      prints[block] = fingerprints(namespace, list(tokens))[-block_size:]
+      expected[block] = True
+  wanted = contents(host.config, prints)
+  for pool, values in zip((host.kv.k, host.kv.v), wanted, strict=True):
+    stored = np.swapaxes(pool, 2, 3)  # [L, N, block_size, K, D], as `values` is
+    wrong = (stored != values).any((0, 3, 4)) & expected
+    assert not wrong.any(), f"wrong K/V in (block, offset) {np.argwhere(wrong)}"
+
+
+def check_untouched(before: Context, after: Context) -> None:
+  """Asserts that blocks which nobody owned before and after still hold only NaN."""
+  owned = np.zeros(after.pool.ref_counts.shape, bool)
+  for host in (before, after):
+    owned |= (host.pool.ref_counts > 0) | (host.prefix.way_of > 0)
+  for pool in (after.kv.k, after.kv.v):
+    assert np.isnan(pool[:, ~owned]).all(), "a block that nobody owns was written"
+
+
+def same_bits(a, b) -> bool:
+  """Whether two pytrees of arrays are equal to the last bit, NaN included."""
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)

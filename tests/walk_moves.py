@@ -1,0 +1,265 @@
+"""What a random walk does next: configurations, phases, and arguments, legal or not."""
+
+from collections.abc import Iterator
+import dataclasses
+
+import numpy as np
+
+from kvcache import AttentionLayer, CacheConfig
+from tests.reference import ReferenceCache
+from tests.walk_checks import contents, fingerprints
+
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+  """What one kind of walk looks like; hashable, so that programs are compiled once."""
+
+  cache: CacheConfig
+  num_tokens: int = 12  # T of a mixed step
+  num_admissions: int = 3  # A
+  num_forks: int = 2  # F
+  vocab: int = 3  # few tokens: hits, equal blocks and swaps are common
+  phases: tuple[str, ...] = ("fill", "decode", "crowd", "speculate", "churn")
+  prompt_blocks: int = 3  # blocks of the prompts that are shared
+
+  @property
+  def width(self) -> int:
+    """Columns of the prompts: one more than any row can hold, so too long is possible."""
+    return self.cache.max_blocks_per_seq * self.cache.block_size + 1
+
+
+def _cache(**kwargs) -> CacheConfig:
+  layers = (AttentionLayer(num_kv_heads=1, head_dim=2),) * 2
+  return CacheConfig(layers=layers, **kwargs)
+
+
+CONFIGS = {
+  "small": WalkConfig(
+    cache=_cache(num_blocks=40, block_size=4, max_seqs=6, max_seq_len=32)
+  ),
+  "tiny": WalkConfig(
+    cache=_cache(num_blocks=9, block_size=2, max_seqs=5, max_seq_len=12),
+    num_tokens=7,
+    vocab=2,
+    phases=("crowd", "churn", "fill", "crowd", "speculate"),
+  ),
+  "single_token_blocks": WalkConfig(
+    cache=_cache(num_blocks=32, block_size=1, max_seqs=4, max_seq_len=16),
+    num_tokens=6,
+    vocab=2,
+    prompt_blocks=5,
+  ),
+  "long_decode": WalkConfig(
+    cache=_cache(num_blocks=160, block_size=4, max_seqs=8, max_seq_len=96),
+    num_tokens=24,
+    phases=("fill", "decode", "decode", "decode", "speculate", "churn"),
+    prompt_blocks=8,
+  ),
+  "single_row": WalkConfig(
+    cache=_cache(num_blocks=7, block_size=4, max_seqs=1, max_seq_len=30),
+    num_admissions=1,
+    num_forks=1,
+    vocab=2,
+  ),
+}
+
+# What a phase does, and how often. A name with "+" is a sequence of transitions.
+PHASES = {
+  "fill": {"admit": 3, "extend+step": 8, "fork": 1, "evict": 1, "finish": 1},
+  "decode": {
+    "extend_decode+step_decode": 30,
+    "admit": 1,
+    "finish": 1,
+    "extend+step": 1,
+  },
+  "crowd": {
+    "admit": 5,
+    "extend+step": 8,
+    "extend_decode+step_decode": 3,
+    "extend": 4,
+    "fork": 4,
+    "rewind": 2,
+    "finish": 1,
+    "evict": 1,
+  },
+  "speculate": {
+    "extend+speculate": 8,
+    "rewind": 4,
+    "fork": 2,
+    "extend_decode+step_decode": 4,
+    "admit": 1,
+    "publish": 1,
+  },
+  "churn": {
+    "admit": 6,
+    "extend+step": 6,
+    "step": 1,
+    "finish": 3,
+    "abandon": 2,
+    "evict": 3,
+    "publish": 1,
+    "fork": 2,
+    "rewind": 2,
+    "reset": 0.1,
+    "reset_keep": 0.2,
+  },
+}
+
+
+def script(config: WalkConfig, rng: np.random.Generator) -> Iterator[str]:
+  """Yields names of transitions for ever, in phases, whatever the cache says."""
+  while True:
+    weights = PHASES[str(rng.choice(config.phases))]
+    names, odds = list(weights), np.array(list(weights.values()))
+    for _ in range(rng.integers(8, 40)):
+      yield from str(rng.choice(names, p=odds / odds.sum())).split("+")
+
+
+class Proposer:
+  """Proposes arguments that suit what the oracle knows; a few of them illegal."""
+
+  def __init__(self, config: WalkConfig, oracle: ReferenceCache, *, seed: int):
+    self.config = config
+    self.oracle = oracle
+    self.rng = np.random.default_rng([seed, 1])
+    self.texts = [[] for _ in oracle.rows]  # what each row is going to contain
+    self.granted = np.zeros(len(oracle.rows), np.int32)  # by the last extend
+    self.bases = [self._random_tokens(config.width) for _ in range(3)]
+
+  def _random_tokens(self, count):
+    return self.rng.integers(self.config.vocab, size=count).tolist()
+
+  def _chance(self, probability):
+    return self.rng.random() < probability
+
+  def _prompt(self):
+    """Half of a known text and a little more, so that prefixes meet."""
+    texts = [*self.bases, *(row.tokens for row in self.oracle.rows if row.tokens)]
+    text = texts[self.rng.integers(len(texts))]
+    block_size = self.config.cache.block_size
+    blocks = self.rng.integers(self.config.prompt_blocks + 1)
+    extra = self._random_tokens(self.rng.integers(block_size + 2))
+    return text[: blocks * block_size] + extra
+
+  def propose(self, name: str) -> dict[str, np.ndarray]:
+    """Arguments for a transition; a few of them illegal."""
+    propose = getattr(self, f"_propose_{name}", None)
+    return {} if propose is None else propose()
+
+  def _propose_admit(self):
+    A, width = self.config.num_admissions, self.config.width
+    prompts = [self._prompt()[:width] for _ in range(A)]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if self._chance(0.1):
+      bad = [0, -1, INT_MIN, width, width + 1, INT_MAX]
+      lengths[self.rng.integers(A)] = self.rng.choice(bad)
+    tokens = self.rng.integers(self.config.vocab, size=(A, width), dtype=np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    namespaces = self.rng.choice([0, 0, 0, 0, 7, -3], size=A).astype(np.int32)
+    return {"tokens": tokens, "lengths": lengths, "namespaces": namespaces}
+
+  def _wanted(self):
+    """Tokens that each row has still to compute; one if it only decodes."""
+    rows = zip(self.oracle.rows, self.texts, strict=True)
+    todo = [max(len(text) - len(row.tokens), 1) * row.active for row, text in rows]
+    return np.array(todo, np.int32)
+
+  def _spoil(self, counts):
+    """Replaces one entry by something odd, now and then."""
+    if self._chance(0.15):
+      odd = [-1, 1, 2, 3, self.config.num_tokens, INT_MAX, INT_MIN]
+      counts[self.rng.integers(len(counts))] = self.rng.choice(odd)
+    return counts
+
+  def _propose_extend(self):
+    query_lens = self._wanted()
+    kind = self.rng.integers(4)
+    if kind == 0:  # reserve ahead, or ask again for what is owned already
+      query_lens *= self.rng.integers(0, 5, size=query_lens.size, dtype=np.int32)
+    elif kind == 1:  # a share of the budget for each
+      query_lens = np.minimum(query_lens, max(self.config.num_tokens // 4, 1))
+    elif kind == 2:  # fill the budget to the last token, in row order
+      before = np.cumsum(query_lens) - query_lens
+      query_lens = np.clip(self.config.num_tokens - before, 0, query_lens)
+    order = self.rng.permutation(query_lens.size).astype(np.int32)
+    return {"query_lens": self._spoil(query_lens.astype(np.int32)), "order": order}
+
+  def _propose_extend_decode(self):
+    return {"query_lens": self._spoil(np.minimum(self._wanted(), 1))}
+
+  def _propose_step(self):
+    query_lens = self.granted.copy()
+    if self._chance(0.1):  # whatever fits into the blocks
+      room = [self.oracle.room(s) for s in range(query_lens.size)]
+      query_lens = np.array(room, np.int32)
+    query_lens = self._spoil(query_lens)
+    queries, effective = self.oracle.plan_step(
+      query_lens.tolist(), num_tokens=self.config.num_tokens
+    )
+    accepted = np.array(effective, np.int32)
+    return self._inputs(queries, self.config.num_tokens) | {
+      "query_lens": query_lens,
+      "accepted": accepted,
+    }
+
+  def _propose_speculate(self):
+    arrays = self._propose_step()
+    high = np.maximum(arrays["query_lens"], 0).clip(max=self.config.num_tokens) + 1
+    accepted = self.rng.integers(0, high).astype(np.int32)
+    return arrays | {"accepted": self._spoil(accepted)}
+
+  def _propose_step_decode(self):
+    query_lens = self._spoil(self.granted.copy())
+    queries, _ = self.oracle.plan_step(query_lens.tolist())
+    return self._inputs(queries, query_lens.size) | {"query_lens": query_lens}
+
+  def _inputs(self, queries, num_tokens):
+    """Tokens, and the K and V that a model would make of them; junk in the padding."""
+    tokens = self.rng.integers(self.config.vocab, size=num_tokens, dtype=np.int32)
+    new = {}
+    for query in queries:
+      new.setdefault(query.row, []).append(query)
+    prints = self.rng.integers(1 << 20, size=num_tokens, dtype=np.uint32)
+    for s, mine in new.items():
+      row, text = self.oracle.rows[s], self.texts[s]
+      start = len(row.tokens)
+      given = text[start : start + len(mine)]
+      here = [query.index for query in mine]
+      tokens[here[: len(given)]] = given
+      if len(given) < len(mine) and self._chance(0.7):  # equal rows go on equally
+        tokens[here[len(given)]] = sum(row.tokens[-3:]) % self.config.vocab
+      whole = fingerprints(row.namespace, row.tokens + tokens[here].tolist())
+      prints[here] = whole[start:]
+    keys, values = contents(self.config.cache, prints)
+    return {"tokens": tokens, "keys": keys, "values": values}
+
+  def _propose_fork(self):
+    S = len(self.oracle.rows)
+    src = self.rng.integers(S, size=self.config.num_forks).astype(np.int32)
+    if self._chance(0.1):
+      src[self.rng.integers(src.size)] = self.rng.choice([-1, S, INT_MAX, INT_MIN])
+    return {"src": src}
+
+  def _propose_rewind(self):
+    lens = np.array([len(row.tokens) for row in self.oracle.rows])
+    counts = self.rng.integers(0, lens + 1)
+    kind = self.rng.integers(3)
+    if kind == 0:  # few tokens of all rows
+      counts = np.minimum(counts, 3)
+    elif kind == 1:  # some rows
+      counts *= self._chance(0.5) * self.rng.integers(2, size=counts.size)
+    return {"num_tokens": self._spoil(counts.astype(np.int32))}
+
+  def _propose_finish(self):
+    done = [len(row.tokens) >= self.oracle.max_len for row in self.oracle.rows]
+    odds = self.rng.choice([0.2, 0.5, 1.0], p=[0.7, 0.2, 0.1])
+    return {"mask": np.array(done) | (self.rng.random(len(done)) < odds)}
+
+  _propose_abandon = _propose_finish
+
+  def _propose_evict(self):
+    counts = [0, 1, 1, 2, 3, 5, INT_MAX, -1, INT_MIN]
+    return {"count": np.int32(self.rng.choice(counts))}

@@ -1,0 +1,303 @@
+"""Seeded random walks over all verbs, each transition compared with the oracle.
+
+`python -m tests.walks --config small --seed 12 --steps 300` replays one walk.
+The toy model stores in K and V a fingerprint of the whole prefix of a token, so that a
+block shared wrongly, lost in a copy or handed out too early is seen; blocks that nobody
+owns are filled with NaN after every transition.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvcache
+from kvcache import Context, Status
+from tests import walk_checks
+from tests.reference import ReferenceCache
+from tests.walk_moves import CONFIGS, Proposer, script, WalkConfig
+
+# The device's side: one pure function per transition.
+
+
+def _write_all(ctx, keys, values, metadata):
+  for layer in range(keys.shape[0]):
+    ctx = kvcache.write_kv(ctx, layer, keys[layer], values[layer], metadata)
+  return ctx
+
+
+def _step(ctx, query_lens, accepted, tokens, keys, values, *, num_tokens):
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  ctx = _write_all(ctx, keys, values, metadata)
+  return kvcache.commit(ctx, tokens, metadata, accepted=accepted), metadata
+
+
+def _step_decode(ctx, query_lens, tokens, keys, values):
+  return _step(ctx, query_lens, None, tokens, keys, values, num_tokens=None)
+
+
+def _admit(ctx, tokens, lengths, namespaces):
+  return kvcache.admit(ctx, tokens, lengths, namespace=namespaces)
+
+
+def transitions(config: WalkConfig):
+  """The transitions by name: `(ctx, **arrays) -> (ctx, result)`."""
+  extend, finish, reset = kvcache.extend, kvcache.finish, kvcache.reset
+  T = config.num_tokens
+
+  def alone(verb, **kwargs):
+    return lambda ctx, **arrays: (verb(ctx, **arrays, **kwargs), ())
+
+  return {
+    "admit": _admit,
+    "extend": functools.partial(extend, num_tokens=T),
+    "extend_decode": extend,
+    "step": functools.partial(_step, num_tokens=T),
+    "speculate": functools.partial(_step, num_tokens=T),
+    "step_decode": _step_decode,
+    "publish": alone(kvcache.publish),
+    "fork": kvcache.fork,
+    "rewind": kvcache.rewind,
+    "finish": alone(finish),
+    "abandon": alone(finish, keep_prefix=False),
+    "evict": kvcache.evict,
+    "reset": alone(reset),
+    "reset_keep": alone(reset, keep_prefix=True),
+  }
+
+
+def poison(ctx: Context) -> Context:
+  """Fills the K/V of every block that nobody owns, the null block too, with NaN."""
+  lost = (ctx.pool.ref_counts == 0) & (ctx.prefix.way_of == 0)
+  lost = lost[None, :, None, None, None]
+  nan = jnp.array(jnp.nan, ctx.kv.k.dtype)
+  k, v = (jnp.where(lost, nan, pool) for pool in (ctx.kv.k, ctx.kv.v))
+  return ctx.replace(kv=ctx.kv.replace(k=k, v=v))
+
+
+@functools.cache
+def programs(config: WalkConfig, *, batched: bool = False):
+  """The compiled transitions: `(ctx, arrays) -> (ctx, poisoned ctx, result)`."""
+
+  def program(transition):
+    def run(ctx, arrays):
+      after, result = transition(ctx, **arrays)
+      return after, poison(after), result
+
+    return jax.jit(jax.vmap(run) if batched else run)
+
+  return {name: program(f) for name, f in transitions(config).items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+  """What the oracle expects of one transition."""
+
+  result: tuple = ()  # what the verb reports, in the order of its fields
+  is_idle: bool = False  # nothing may change, to the last bit
+  still_rows: tuple[int, ...] = ()  # rows that may not change, to the last bit
+
+
+class Walk:
+  """One walk: a context, its oracle, and a proposer of arguments."""
+
+  def __init__(self, config: WalkConfig, *, seed: int):
+    self.config = config
+    self.ctx = poison(kvcache.init(config.cache, salt=seed))
+    self.host = jax.device_get(self.ctx)
+    self.oracle = ReferenceCache(
+      num_blocks=config.cache.num_blocks,
+      block_size=config.cache.block_size,
+      max_seqs=config.cache.max_seqs,
+      max_blocks_per_seq=config.cache.max_blocks_per_seq,
+    )
+    self.proposer = Proposer(config, self.oracle, seed=seed)
+    self.num_steps = 0
+
+  def advance(self, name: str) -> None:
+    """Takes one transition and checks everything about it."""
+    arrays = self.proposer.propose(name)
+    self.apply(name, arrays, *programs(self.config)[name](self.ctx, arrays))
+
+  def apply(self, name, arrays, after, poisoned, result) -> None:
+    """Checks a transition that was taken already, and stands where it leads."""
+    try:
+      prediction = getattr(self, f"_predict_{name}")(**arrays)
+      before, (self.host, kv, result) = (
+        self.host,
+        jax.device_get((after, poisoned.kv, result)),
+      )
+      self._check(before, result, prediction)
+      if self.num_steps % 64 == 0:
+        walk_checks.check_views(before, after, self.host)
+    except Exception as error:
+      error.add_note(f"at step {self.num_steps}, in {name} with {arrays}")
+      raise
+    self.ctx, self.host = poisoned, self.host.replace(kv=kv)
+    self.num_steps += 1
+
+  def _check(self, before, result, prediction):
+    host = self.host
+    check_result(result, prediction.result, before)
+    walk_checks.check_invariants(host)
+    walk_checks.check_oracle(host, self.oracle)
+    walk_checks.check_contents(host, self.oracle)
+    walk_checks.check_untouched(before, host)
+    if prediction.is_idle:
+      assert walk_checks.same_bits(before, host), "a refused call changed something"
+    still = list(prediction.still_rows)
+    rows = [jax.tree.map(lambda x: x[still], h.sequences) for h in (before, host)]
+    assert walk_checks.same_bits(*rows), f"one of the rows {still} changed"
+
+  # The oracle's side.
+
+  def _predict_admit(self, tokens, lengths, namespaces):
+    is_published = self.oracle.num_pending() == 0
+    prompts = [
+      row[: max(n, 0)].tolist() for row, n in zip(tokens, lengths, strict=True)
+    ]
+    results = self.oracle.admit(
+      prompts,
+      lengths=lengths.tolist(),
+      width=self.config.width,
+      namespaces=namespaces.tolist(),
+    )
+    for prompt, (s, _, status) in zip(prompts, results, strict=True):
+      if status == Status.OK:
+        self.proposer.texts[s] = prompt
+    seq_ids, num_cached, status = zip(*results, strict=True)
+    return Prediction(
+      result=(seq_ids, num_cached, status), is_idle=is_published and all(status)
+    )
+
+  def _predict_extend(self, query_lens, order=None):
+    statuses = self.oracle.extend(
+      query_lens.tolist(),
+      num_tokens=None if order is None else self.config.num_tokens,
+      order=None if order is None else order.tolist(),
+    )
+    is_granted = np.array(statuses) == Status.OK
+    self.proposer.granted = np.where(is_granted, query_lens, 0).astype(np.int32)
+    still = tuple(np.flatnonzero(self.proposer.granted == 0))
+    return Prediction(
+      result=(statuses,), is_idle=len(still) == len(statuses), still_rows=still
+    )
+
+  _predict_extend_decode = _predict_extend
+
+  def _predict_step(self, query_lens, tokens, keys, values, accepted=None):
+    del keys, values  # the contents are checked against the tokens
+    num_tokens = None if accepted is None else self.config.num_tokens
+    queries, effective = self.oracle.plan_step(
+      query_lens.tolist(), num_tokens=num_tokens
+    )
+    before = [len(row.tokens) for row in self.oracle.rows]
+    self.oracle.commit(
+      queries,
+      tokens.tolist(),
+      effective,
+      accepted=None if accepted is None else accepted.tolist(),
+    )
+    self.proposer.granted[:] = 0
+    after = [len(row.tokens) for row in self.oracle.rows]
+    still = tuple(s for s in range(len(before)) if before[s] == after[s])
+    return Prediction(
+      result=(queries, effective, len(tokens), num_tokens is None), still_rows=still
+    )
+
+  _predict_step_decode = _predict_speculate = _predict_step
+
+  def _predict_publish(self):
+    is_idle = self.oracle.num_pending() == 0
+    self.oracle.publish()
+    return Prediction(is_idle=is_idle)
+
+  def _predict_fork(self, src):
+    is_published = self.oracle.num_pending() == 0
+    results = self.oracle.fork(src.tolist())
+    for source, (s, status) in zip(src, results, strict=True):
+      if status == Status.OK:
+        self.proposer.texts[s] = list(self.proposer.texts[source])
+    seq_ids, status = zip(*results, strict=True)
+    return Prediction(result=(seq_ids, status), is_idle=is_published and all(status))
+
+  def _predict_rewind(self, num_tokens):
+    statuses = self.oracle.rewind(num_tokens.tolist())
+    moved = (num_tokens != 0) & (np.array(statuses) == Status.OK)
+    still = tuple(np.flatnonzero(~moved))
+    return Prediction(result=(statuses,), is_idle=not moved.any(), still_rows=still)
+
+  def _predict_finish(self, mask, *, keep_prefix=True):
+    is_published = not keep_prefix or self.oracle.num_pending() == 0
+    active = [row.active for row in self.oracle.rows]
+    self.oracle.finish(mask.tolist(), keep_prefix=keep_prefix)
+    return Prediction(is_idle=is_published and not (mask & active).any())
+
+  def _predict_abandon(self, mask):
+    return self._predict_finish(mask, keep_prefix=False)
+
+  def _predict_evict(self, count):
+    num_evicted = self.oracle.evict(int(count))
+    return Prediction(result=(num_evicted,), is_idle=num_evicted == 0)
+
+  def _predict_reset(self):
+    self.oracle.reset()
+    return Prediction()
+
+  def _predict_reset_keep(self):
+    self.oracle.reset(keep_prefix=True)
+    return Prediction()
+
+
+def check_result(result, expected, before: Context) -> None:
+  """Asserts that a verb reported what the oracle expects."""
+  if isinstance(result, kvcache.StepMetadata):
+    walk_checks.check_metadata(result, *expected, before)
+    return
+  leaves = jax.tree.leaves(result)
+  assert len(leaves) == len(expected)
+  for leaf, values in zip(leaves, expected, strict=True):
+    assert leaf.tolist() == (values if np.ndim(values) == 0 else list(values)), (
+      f"reported {leaf}, expected {values}"
+    )
+
+
+def run(config: WalkConfig, *, seed: int, num_steps: int) -> Walk:
+  """Walks; an error carries notes that say how to see it again."""
+  walk = Walk(config, seed=seed)
+  names = script(config, np.random.default_rng([seed, 0]))
+  try:
+    for name in itertools.islice(names, num_steps):
+      walk.advance(name)
+  except Exception as error:
+    (label,) = [name for name, known in CONFIGS.items() if known == config] or ["?"]
+    error.add_note(
+      f"replay: python -m tests.walks --config {label} --seed {seed}"
+      f" --steps {walk.num_steps + 1}"
+    )
+    raise
+  return walk
+
+
+def main() -> None:
+  """Replays one walk, or runs many."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--config", choices=CONFIGS, default="small")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
+  parser.add_argument("--steps", type=int, default=1000)
+  args = parser.parse_args()
+  for seed in range(args.seed, args.seed + args.seeds):
+    started = time.perf_counter()
+    walk = run(CONFIGS[args.config], seed=seed, num_steps=args.steps)
+    seconds = time.perf_counter() - started
+    print(f"{args.config} seed {seed}: {walk.num_steps} transitions, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+  main()
