@@ -1,4 +1,22 @@
-"""kvcache: the memory of a JAX inference program."""
+"""kvcache: the memory of a JAX inference program.
+
+One immutable pytree, the `Context`, holds the paged K/V cache, the lists of free memory
+and the prefix index of many concurrent sequences. Pure functions change it, so a whole
+continuous-batching loop runs inside one `jax.jit`.
+
+Dimensions, in code and documentation alike:
+
+    S  sequences (rows)          N  blocks, the null block included
+    P  blocks per sequence       L  attention layers
+    T  packed tokens of a step   K  key/value heads
+    Q  requests                  H  query heads
+    A  admissions in one call    D  head dimension
+
+Ids, lengths and counts are int32, hashes uint32. State comes first and is returned
+first; configuration is keyword-only. Users own `jax.jit`:
+
+    step = jax.jit(step, donate_argnums=0)
+"""
 
 from kvcache.attention import attend
 from kvcache.blocks import BlockPool
@@ -10,6 +28,7 @@ from kvcache.context import (
   bookkeeping_bytes,
   commit,
   Context,
+  Counters,
   evict,
   extend,
   find,
@@ -22,15 +41,86 @@ from kvcache.context import (
   step_metadata,
   write_kv,
 )
-from kvcache.errors import CacheError, raise_for_status, Status
+from kvcache.errors import (
+  BlockOverflowError,
+  CacheError,
+  EmptySequenceError,
+  InactiveSequenceError,
+  InvalidRequestError,
+  InvariantError,
+  raise_for_status,
+  SequenceOverflowError,
+  SequenceTooLongError,
+  Status,
+  TokenBudgetError,
+)
+from kvcache.generation import Completion, generate, Slice
 from kvcache.kv import KVStore
 from kvcache.metadata import StepMetadata
-from kvcache.observe import events, Events, stats, Stats
+from kvcache.observe import Events, events, Stats, stats
 from kvcache.prefix import PrefixIndex
 from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
-from kvcache.sampling import SamplingParams
+from kvcache.sampling import SamplingParams, SamplingSettings
 from kvcache.scheduler import SchedulerConfig
 from kvcache.sequences import SequenceTable
-from kvcache.serve import Completion, generate, serve, Slice, step
+from kvcache.serve import serve, step
 
 __version__ = "0.1.0"
+
+__all__ = [
+  "NULL_BLOCK",
+  "Admission",
+  "AttentionLayer",
+  "BlockOverflowError",
+  "BlockPool",
+  "CacheConfig",
+  "CacheError",
+  "Completion",
+  "Context",
+  "Counters",
+  "EmptySequenceError",
+  "Events",
+  "FinishReason",
+  "InactiveSequenceError",
+  "InvalidRequestError",
+  "InvariantError",
+  "KVStore",
+  "PrefixIndex",
+  "RequestStatus",
+  "Requests",
+  "SamplingParams",
+  "SamplingSettings",
+  "SchedulerConfig",
+  "SequenceOverflowError",
+  "SequenceTable",
+  "SequenceTooLongError",
+  "Slice",
+  "Stats",
+  "Status",
+  "StepMetadata",
+  "TokenBudgetError",
+  "admit",
+  "attend",
+  "bookkeeping_bytes",
+  "check_invariants",
+  "checked",
+  "commit",
+  "events",
+  "evict",
+  "extend",
+  "find",
+  "finish",
+  "fork",
+  "generate",
+  "init",
+  "make_requests",
+  "publish",
+  "raise_for_status",
+  "reset",
+  "rewind",
+  "serve",
+  "stats",
+  "step",
+  "step_metadata",
+  "write_kv",
+]

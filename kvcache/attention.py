@@ -28,8 +28,8 @@ def attend(
     q: `[T, H, D]`.
     metadata: Of this step.
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
-    implementation: Name of an implementation of `pallas_kernels.paged_attention`, or None for
-      the best that can serve.
+    implementation: Name of an implementation of `pallas_kernels.paged_attention`, or
+      None for the best that can serve.
 
   Returns:
     `[T, H, D]` in `q`'s dtype; zeros for padding.

@@ -1,8 +1,8 @@
 """BlockPool: which blocks are free, and how many sequences share each.
 
-Allocation is a prefix sum over what each row needs, sharing is a scatter-add, releasing costs
-what is released. The pool knows nothing of tokens or of the prefix index: whoever releases says
-which blocks shall stay resident.
+Allocation is a prefix sum over what each row needs, sharing is a scatter-add, releasing
+costs what is released. The pool knows nothing of tokens or of the prefix index: whoever
+releases says which blocks shall stay resident.
 """
 
 import flax.struct
@@ -15,12 +15,12 @@ from kvcache.config import NULL_BLOCK
 _MARK = -(1 << 30)
 
 
-@flax.struct.dataclass(kw_only=True)
-class BlockPool:
+class BlockPool(flax.struct.PyTreeNode, kw_only=True):
   """A pool of `N` blocks, of which `NULL_BLOCK` is never handed out.
 
   Attributes:
-    free_list: `[N]` int32. A stack of free block ids; only the first `num_free` entries count.
+    free_list: `[N]` int32. A stack of free block ids; only the first `num_free` entries
+      count.
     num_free: `[]` int32. Height of the stack.
     ref_counts: `[N]` int32. How many table entries name each block.
   """
@@ -35,8 +35,7 @@ class BlockPool:
     return self.free_list.shape[-1]
 
 
-@flax.struct.dataclass(kw_only=True)
-class Allocation:
+class Allocation(flax.struct.PyTreeNode, kw_only=True):
   """Blocks handed out by one `allocate`, as a flat list.
 
   Attributes:
@@ -69,8 +68,8 @@ def allocate(
 
   Args:
     pool: The pool.
-    counts: `[S]` int32. The caller has made sure that their sum is at most `num_free` and
-      `num_entries` (`ragged.first_come`).
+    counts: `[S]` int32. The caller has made sure that their sum is at most `num_free`
+      and `num_entries` (`ragged.first_come`).
     num_entries: `E`, static bound on the sum.
 
   Returns:
@@ -94,7 +93,7 @@ def allocate(
 
 
 def allocate_one_each(pool: BlockPool, wants: Array) -> tuple[BlockPool, Array]:
-  """Hands out one block to each row that wants one: the straight-line case of `allocate`.
+  """Hands out one block to each row that wants one: `allocate` in a straight line.
 
   Args:
     pool: The pool.
@@ -114,7 +113,7 @@ def allocate_one_each(pool: BlockPool, wants: Array) -> tuple[BlockPool, Array]:
 
 
 def share(pool: BlockPool, block_ids: Array) -> BlockPool:
-  """Adds one reference for each listed block; ids may repeat, `NULL_BLOCK` is ignored."""
+  """Adds one reference per listed block. Ids may repeat; `NULL_BLOCK` is ignored."""
   to = ragged.masked(block_ids, block_ids != NULL_BLOCK, pool.num_blocks)
   return pool.replace(ref_counts=pool.ref_counts.at[to].add(1, mode="drop"))
 
@@ -124,10 +123,10 @@ def release(
 ) -> tuple[BlockPool, Array]:
   """Gives back one reference to each listed block.
 
-  Blocks that reach zero references return to the free list, except where `keep` is set: those
-  stay resident so that a later sequence with the same prefix can adopt them. Ids may repeat;
-  each occurrence gives back one reference. `NULL_BLOCK` and blocks without references are
-  ignored.
+  Blocks that reach zero references return to the free list, except where `keep` is set:
+  those stay resident so that a later sequence with the same prefix can adopt them. Ids
+  may repeat; each occurrence gives back one reference. `NULL_BLOCK` and blocks without
+  references are ignored.
 
   Args:
     pool: The pool that owns the blocks.
@@ -135,27 +134,29 @@ def release(
     keep: `[E]` bool. Entries whose block stays out of the free list.
 
   Returns:
-    The pool after, and `[E]` bool: set at the last occurrence of each block that reached zero
+    The pool after, and `[E]` bool: set at the last occurrence of each block that
+      reached zero
     references.
   """
-  refs = pool.ref_counts
-  held = ragged.hold((block_ids != NULL_BLOCK) & (refs[block_ids] > 0))
+  before, refs = ragged.read(pool.ref_counts, block_ids)
+  held = (block_ids != NULL_BLOCK) & (before > 0)
   to = ragged.masked(block_ids, held, pool.num_blocks)
-  refs = refs.at[to].add(-1, mode="drop")
-  is_zero = ragged.hold(held & (refs[block_ids] <= 0))
-  # Equal ids find their last occurrence by a scatter-min of marks into the counts themselves;
-  # the same clamp that wipes the marks also stops a count from going below zero.
+  after, refs = ragged.read(refs.at[to].add(-1, mode="drop"), block_ids)
+  is_zero = held & (after <= 0)
+  # Equal ids find their last occurrence by a scatter-min of marks into the counts
+  # themselves; the same clamp that wipes the marks also stops a count from going below
+  # zero.
   marks = _MARK - jnp.arange(block_ids.shape[0], dtype=jnp.int32)
   to_zero = ragged.masked(block_ids, is_zero, pool.num_blocks)
-  refs = refs.at[to_zero].min(marks, mode="drop")
-  is_last = ragged.hold(is_zero & (refs[block_ids] == marks))
+  found, refs = ragged.read(refs.at[to_zero].min(marks, mode="drop"), block_ids)
+  is_last = is_zero & (found == marks)
   refs = refs.at[to_zero].max(0, mode="drop")
   pool = push(pool.replace(ref_counts=refs), block_ids, is_last & ~keep)
   return pool, is_last
 
 
 def release_exclusive(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPool:
-  """Frees blocks that have exactly one reference and are named once: the cheap `release`."""
+  """Frees blocks that have one reference and are named once: a cheap `release`."""
   to = ragged.masked(block_ids, mask, pool.num_blocks)
   return push(
     pool.replace(ref_counts=pool.ref_counts.at[to].set(0, mode="drop")), block_ids, mask
@@ -163,7 +164,7 @@ def release_exclusive(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPo
 
 
 def push(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPool:
-  """Puts the blocks in `mask` on the free list; they have no references and are distinct."""
+  """Puts the blocks in `mask` on the free list: distinct ones without references."""
   at = ragged.masked(pool.num_free + ragged.ranks(mask), mask, pool.num_blocks)
   return pool.replace(
     free_list=pool.free_list.at[at].set(block_ids, mode="drop"),

@@ -1,8 +1,8 @@
 """Invariants of a Context, checked eagerly and inside `jax.jit`.
 
-Each invariant is a pure function of the context that yields one boolean, so the same code runs
-on the host, in a trace and under `vmap`. They look at every block and every table entry: for
-tests and debugging, not for every step of a service.
+Each invariant is a pure function of the context that yields one boolean, so the same
+code runs on the host, in a trace and under `vmap`. They look at every block and every
+table entry: for tests and debugging, not for every step of a service.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import checkify
 import jax.numpy as jnp
 
@@ -143,8 +144,7 @@ def invariants(ctx: Context) -> dict[str, Array]:
     )
   )
   held["in the ring a child stands before its parent"] = jnp.all(
-    ~(waits & has_parent & waits[parent])
-    | (index.queue_pos < index.queue_pos[parent])
+    ~(waits & has_parent & waits[parent]) | (index.queue_pos < index.queue_pos[parent])
   )
   in_use = ragged.sum_int(refs > 0)
   held["capacity is conserved"] = (
@@ -176,12 +176,13 @@ def check_invariants(ctx: Context) -> None:
   """Raises if the context is one that no sequence of verbs can make.
 
   Outside of a trace the error names every broken invariant. Inside, each becomes a
-  `checkify.check`; wrap the function with `checked`, or with `checkify.checkify` yourself.
+  `checkify.check`; wrap the function with `checked`, or with `checkify.checkify`
+  yourself.
 
   Raises:
     InvariantError: Eagerly, if any invariant is broken.
   """
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ctx)):
+  if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ctx)):
     for sentence, holds in invariants(ctx).items():
       checkify.check(holds, f"broken invariant: {sentence}")
     return
@@ -194,11 +195,12 @@ def check_invariants(ctx: Context) -> None:
 def checked(transition: Callable[..., Any]) -> Callable[..., Any]:
   """Wraps a transition so that every `Context` it returns is verified, inside jit.
 
-  The wrapped function compiles the transition together with the checks and raises with the
-  name of the first broken invariant.
+  The wrapped function compiles the transition together with the checks and raises with
+  the name of the first broken invariant.
 
   Args:
-    transition: A function that takes any arguments and returns a pytree holding contexts.
+    transition: A function that takes any arguments and returns a pytree holding
+      contexts.
 
   Raises:
     InvariantError: When a returned context breaks an invariant.

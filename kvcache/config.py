@@ -1,7 +1,7 @@
 """Every static size and dtype of a cache, checked once.
 
-A `CacheConfig` is hashable, so it can be a static argument of a jitted function, and it is the
-static field of `Context`. It is made from the model's layers in model order.
+A `CacheConfig` is hashable, so it can be a static argument of a jitted function, and it
+is the static field of `Context`. It is made from the model's layers in model order.
 """
 
 from collections.abc import Sequence
@@ -40,14 +40,15 @@ class CacheConfig:
   """The static description of a `Context`.
 
   Attributes:
-    layers: The model's layers that keep something, in model order. All must be alike for now:
-      layers that keep different things form groups, which are still to come.
+    layers: The model's layers that keep something, in model order. All must be alike
+      for now: layers that keep different things form groups, which are still to come.
     num_blocks: `N`, blocks in the pool, the null block included.
     block_size: Token positions in one block.
     max_seqs: `S`, rows of the sequence table.
     max_seq_len: Longest sequence a row can hold, in tokens. Rounded up to whole blocks.
     dtype: Element type of keys and values.
-    chunk_size: Entries handled by one iteration of the bulk loops (publish, release, evict).
+    chunk_size: Entries handled by one iteration of the bulk loops (publish, release,
+      evict).
     index_ways: Blocks that one bucket of the prefix index can hold.
   """
 
@@ -95,8 +96,9 @@ class CacheConfig:
     """Returns the largest configuration whose K/V pools fit a budget.
 
     Args:
-      num_bytes: Bytes for keys and values. The tables, lists and hashes beside them are not
-        counted: `kvcache.bookkeeping_bytes(config)`, commonly below 1 % of the pools.
+      num_bytes: Bytes for keys and values. The tables, lists and hashes beside them are
+        not counted: `kvcache.bookkeeping_bytes(config)`, commonly below 1 % of the
+        pools.
       layers: As in `CacheConfig`.
       **sizes: Any other field of `CacheConfig` except `num_blocks`.
 

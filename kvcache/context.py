@@ -1,8 +1,8 @@
 """Context: the memory of an inference program as one immutable pytree, and its verbs.
 
-Every verb takes a `Context` and returns a new one. All are pure, total and jittable: a row that
-cannot be served is returned as it was, with a `Status` that says why. Users own `jax.jit`; with
-`donate_argnums=0` nothing the size of the cache is ever copied.
+Every verb takes a `Context` and returns a new one. All are pure, total and jittable: a
+row that cannot be served is returned as it was, with a `Status` that says why. Users
+own `jax.jit`; with `donate_argnums=0` nothing the size of the cache is ever copied.
 """
 
 import functools
@@ -14,8 +14,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kvcache import blocks, kv, metadata, prefix, publishing, ragged, releasing
-from kvcache import sequences
+from kvcache import (
+  arguments,
+  blocks,
+  kv,
+  metadata,
+  prefix,
+  publishing,
+  ragged,
+  releasing,
+  sequences,
+)
 from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig, NULL_BLOCK
 from kvcache.errors import Status
@@ -25,8 +34,7 @@ from kvcache.prefix import PrefixIndex
 from kvcache.sequences import SequenceTable
 
 
-@flax.struct.dataclass(kw_only=True)
-class Counters:
+class Counters(flax.struct.PyTreeNode, kw_only=True):
   """What happened since `init` or `reset`. All `[]` uint32, wrapping.
 
   Attributes:
@@ -46,8 +54,7 @@ class Counters:
   num_evicted: Array
 
 
-@flax.struct.dataclass(kw_only=True)
-class Context:
+class Context(flax.struct.PyTreeNode, kw_only=True):
   """The whole memory: five parts, composed.
 
   Attributes:
@@ -77,13 +84,13 @@ class Context:
     return self.replace(pool=pool, sequences=table, prefix=index)
 
 
-@flax.struct.dataclass(kw_only=True)
-class Admission:
+class Admission(flax.struct.PyTreeNode, kw_only=True):
   """What became of each prompt of one `admit`.
 
   Attributes:
     seq_ids: `[A]` int32. The prompt's row, -1 if refused.
-    num_cached: `[A]` int32. Leading tokens already computed, a multiple of the block size.
+    num_cached: `[A]` int32. Leading tokens already computed, a multiple of the block
+      size.
     status: `[A]` int32 `Status`.
   """
 
@@ -97,8 +104,8 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
 
   Args:
     config: Static sizes.
-    salt: `[]` integer. Contexts with different salts hash the same prompt differently, so that
-      nobody can aim at buckets from outside. May be traced.
+    salt: `[]` integer. Contexts with different salts hash the same prompt differently,
+      so that nobody can aim at buckets from outside. May be traced.
   """
   words = jnp.asarray(salt).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
@@ -135,7 +142,7 @@ def bookkeeping_bytes(config: CacheConfig) -> int:
   return total - config.num_bytes
 
 
-# --- Sequences come and go --------------------------------------------------------------------
+# --- Sequences come and go ------------------------------------------------------------
 
 
 def admit(
@@ -148,33 +155,33 @@ def admit(
 ) -> tuple[Context, Admission]:
   """Gives each prompt a row that starts with its longest cached prefix.
 
-  A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be computed
-  to have logits. Prompts of one call do not see each other's tokens: nothing is computed yet.
-  Prompts are served in order; the row is the lowest one free.
+  A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be
+  computed to have logits. Prompts of one call do not see each other's tokens: nothing
+  is computed yet. Prompts are served in order; the row is the lowest one free.
 
   Args:
     ctx: The context.
     tokens: `[A, max_len]` int32, padded with anything.
     lengths: `[A]` int32.
-    namespace: `[]` or `[A]` int32. Prefixes are shared within a namespace only: a tenant, a
-      LoRA adapter.
-    block_budget: `[]` int32. Admits only while the blocks that the prompts will take from the
-      free and the evictable ones add up to at most this; no limit if omitted. `admit` itself
-      takes no free block, `extend` does.
+    namespace: `[]` or `[A]` int32. Prefixes are shared within a namespace only: a
+      tenant, a LoRA adapter.
+    block_budget: `[]` int32. Admits only while the blocks that the prompts will take
+      from the free and the evictable ones add up to at most this; no limit if omitted.
+      `admit` itself takes no free block, `extend` does.
 
   Returns:
-    The context after, and the `Admission`. Refused with `TOO_LONG`: more blocks than a row or
-    the pool has; `EMPTY`; `INVALID`: longer than `max_len`; `NO_ROW`; `NO_BLOCKS`: past
-    `block_budget`.
+    The context after, and the `Admission`. Refused with `TOO_LONG`: more blocks than a
+    row or the pool has; `EMPTY`; `INVALID`: longer than `max_len`; `NO_ROW`;
+    `NO_BLOCKS`: past `block_budget`.
 
   Raises:
     ValueError: Shapes or dtypes do not fit.
   """
   config = ctx.config
-  tokens = _as_int32("tokens", tokens, ndim=2)
+  tokens = arguments.as_int32("tokens", tokens, ndim=2)
   num_prompts, max_len = tokens.shape
-  lengths = _as_int32("lengths", lengths, shape=(num_prompts,))
-  namespaces = _as_namespaces(namespace, num_prompts)
+  lengths = arguments.as_int32("lengths", lengths, shape=(num_prompts,))
+  namespaces = arguments.as_namespaces(namespace, num_prompts)
 
   ctx = publish(ctx)
   pool, table, index = ctx.tables
@@ -193,7 +200,7 @@ def admit(
   if block_budget is not None:
     num_held = jnp.sum(pool.ref_counts[block_ids] > 0, axis=1, dtype=jnp.int32)
     need = (lengths + (config.block_size - 1)) // config.block_size - num_held
-    budget = _as_int32("block_budget", block_budget, shape=())
+    budget = arguments.as_int32("block_budget", block_budget, shape=())
     _, fits = ragged.first_come(jnp.where(has_row, need, 0), budget)
     status = jnp.where(fits, status, Status.NO_BLOCKS)
   status = status.astype(jnp.int32)
@@ -234,7 +241,7 @@ def admit(
 def find(
   ctx: Context, tokens: ArrayLike, lengths: ArrayLike, *, namespace: ArrayLike = 0
 ) -> tuple[Array, Array]:
-  """Finds the prefix that each prompt would adopt if it were admitted, of what is published.
+  """Finds the published prefix that each prompt would adopt if it were admitted.
 
   Args:
     ctx: The context.
@@ -243,12 +250,12 @@ def find(
     namespace: `[]` or `[A]` int32.
 
   Returns:
-    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids of each row are cached
-    blocks, the others `NULL_BLOCK`.
+    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids of each row are
+    cached blocks, the others `NULL_BLOCK`.
   """
-  tokens = _as_int32("tokens", tokens, ndim=2)
-  lengths = _as_int32("lengths", lengths, shape=(tokens.shape[0],))
-  namespaces = _as_namespaces(namespace, tokens.shape[0])
+  tokens = arguments.as_int32("tokens", tokens, ndim=2)
+  lengths = arguments.as_int32("lengths", lengths, shape=(tokens.shape[0],))
+  namespaces = arguments.as_namespaces(namespace, tokens.shape[0])
   num_full = jnp.maximum(lengths - 1, 0) // ctx.config.block_size
   return _find(ctx, tokens, num_full, namespaces)
 
@@ -268,19 +275,19 @@ def _find(
 def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   """Starts new sequences that continue existing ones.
 
-  A fork shares the full blocks of its source and gets a copy of the partial one, so each branch
-  writes only blocks of its own. Blocks reserved by `extend` are not shared.
+  A fork shares the full blocks of its source and gets a copy of the partial one, so
+  each branch writes only blocks of its own. Blocks reserved by `extend` are not shared.
 
   Args:
     ctx: The context.
     src: `[F]` int32. Row to branch from; may repeat.
 
   Returns:
-    `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`, `NO_ROW`,
-    `NO_BLOCKS`).
+    `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`,
+    `NO_ROW`, `NO_BLOCKS`).
   """
   config = ctx.config
-  src = _as_int32("src", src, ndim=1)
+  src = arguments.as_int32("src", src, ndim=1)
   ctx = publish(ctx)
   pool, table, index = ctx.tables
   in_range = (src >= 0) & (src < config.max_seqs)
@@ -291,9 +298,7 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   seq_lens = table.seq_lens[source]
   num_full = seq_lens // config.block_size
   is_partial = seq_lens % config.block_size > 0
-  _, fits = ragged.first_come(
-    (has_row & is_partial).astype(jnp.int32), pool.num_free
-  )
+  _, fits = ragged.first_come((has_row & is_partial).astype(jnp.int32), pool.num_free)
   ok = has_row & fits
   status = jnp.where(fits, Status.OK, Status.NO_BLOCKS)
   status = jnp.where(has_row, status, Status.NO_ROW)
@@ -335,12 +340,12 @@ def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Contex
   Args:
     ctx: The context.
     mask: `[S]` bool. Rows to end; inactive ones are ignored.
-    keep_prefix: Whether the sequences' full blocks stay cached, until evicted, for later
-      prompts that begin alike. If not, whatever only these sequences brought into the cache is
-      free at once.
+    keep_prefix: Whether the sequences' full blocks stay cached, until evicted, for
+      later prompts that begin alike. If not, whatever only these sequences brought into
+      the cache is free at once.
   """
   config = ctx.config
-  mask = _as_mask("mask", mask, config.max_seqs)
+  mask = arguments.as_mask("mask", mask, config.max_seqs)
   if keep_prefix:
     ctx = publish(ctx)
   mask &= ctx.sequences.is_active
@@ -352,7 +357,7 @@ def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Contex
 
 
 def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
-  """Ends all sequences and, unless `keep_prefix`, forgets every cached prefix and counter.
+  """Ends all sequences; forgets cached prefixes and counters, or keeps them.
 
   Keys and values are left in place, unreachable.
   """
@@ -363,7 +368,7 @@ def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
   return fresh.replace(prefix=index, kv=ctx.kv)
 
 
-# --- A step -----------------------------------------------------------------------------------
+# --- A step ---------------------------------------------------------------------------
 
 
 def extend(
@@ -378,19 +383,21 @@ def extend(
   Args:
     ctx: The context.
     query_lens: `[S]` int32. New tokens of each row; 0 for rows not in the step.
-    num_tokens: Static bound on their sum. The work is `S + num_tokens // block_size` entries.
-      Omitted for a decode step: at most one token per row.
-    order: `[S]` int32 permutation. The row served first, second and so on; row order if omitted.
+    num_tokens: Static bound on their sum. The work is `S + num_tokens // block_size`
+      entries. Omitted for a decode step: at most one token per row.
+    order: `[S]` int32 permutation. The row served first, second and so on; row order if
+      omitted.
 
   Returns:
-    `(ctx, status [S])`. Rows are served first come, first served: one that does not fit, and
-    every later one that needs a block, gets `NO_BLOCKS`; likewise `OVER_BUDGET` for tokens past
-    `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID` (negative) rows take nothing from others.
+    `(ctx, status [S])`. Rows are served first come, first served: one that does not
+    fit, and every later one that needs a block, gets `NO_BLOCKS`; likewise
+    `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
+    (negative) rows take nothing from others.
   """
   config, table = ctx.config, ctx.sequences
-  query_lens = _as_int32("query_lens", query_lens, shape=(config.max_seqs,))
+  query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
   if order is not None:
-    order = _as_int32("order", order, shape=(config.max_seqs,))
+    order = arguments.as_int32("order", order, shape=(config.max_seqs,))
   asks = query_lens > 0
   room = config.max_tokens_per_seq - table.seq_lens
   status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
@@ -435,14 +442,15 @@ def step_metadata(
 
   Args:
     ctx: The context, after `extend`.
-    query_lens: `[S]` int32. New tokens of each row. Rows get no more than they have room for.
-    num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode step:
-      `T = S` and token `s` belongs to row `s`.
+    query_lens: `[S]` int32. New tokens of each row. Rows get no more than they have
+      room for.
+    num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode
+      step: `T = S` and token `s` belongs to row `s`.
   """
   config = ctx.config
   return metadata.build(
     ctx.sequences,
-    _as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
+    arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
     num_tokens=num_tokens,
     num_blocks=config.num_blocks,
     block_size=config.block_size,
@@ -482,13 +490,13 @@ def commit(
     ctx: The context.
     tokens: `[T]` int32, the tokens the model computed.
     metadata: Of this step.
-    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted. The next step
-      overwrites the others.
+    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted. The next
+      step overwrites the others.
   """
-  tokens = _as_int32("tokens", tokens, shape=(metadata.num_tokens,))
+  tokens = arguments.as_int32("tokens", tokens, shape=(metadata.num_tokens,))
   num_new = metadata.query_lens
   if accepted is not None:
-    accepted = _as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
+    accepted = arguments.as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
     num_new = jnp.clip(accepted, 0, num_new)
   index = prefix.store_tokens(ctx.prefix, metadata.slot_mapping, tokens)
   table = ctx.sequences.replace(seq_lens=ctx.sequences.seq_lens + num_new)
@@ -498,19 +506,19 @@ def commit(
 def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   """Drops the last tokens of each sequence, and the blocks reserved past them.
 
-  A last block that is then partial is copied if it is shared or cached, since it will be
-  written again.
+  A last block that is then partial is copied if it is shared or cached, since it will
+  be written again.
 
   Args:
     ctx: The context.
     num_tokens: `[S]` int32. Tokens to drop; 0 leaves a row alone.
 
   Returns:
-    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`, or `NO_BLOCKS`
-    where the copy found no free block: those rows are unchanged.
+    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`, or
+    `NO_BLOCKS` where the copy found no free block: those rows are unchanged.
   """
   config, (pool, table, index) = ctx.config, ctx.tables
-  num_tokens = _as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
+  num_tokens = arguments.as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
   status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
   invalid = (num_tokens < 0) | (num_tokens > table.seq_lens)
   status = jnp.where(invalid, Status.INVALID, status)
@@ -551,11 +559,14 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   return ctx.with_tables((pool, table, index)).replace(kv=store), status
 
 
-# --- The prefix index -------------------------------------------------------------------------
+# --- The prefix index -----------------------------------------------------------------
 
 
 def publish(ctx: Context) -> Context:
-  """Puts every full block into the prefix index. `admit`, `fork` and `finish` do it first."""
+  """Puts every full block into the prefix index.
+
+  `admit`, `fork` and `finish` do it first.
+  """
   return ctx.with_tables(
     publishing.publish(ctx.tables, chunk_size=ctx.config.chunk_size)
   )
@@ -567,13 +578,11 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   Returns:
     `(ctx, num_evicted [])`.
   """
-  count = _as_int32("count", count, shape=())
+  count = arguments.as_int32("count", count, shape=())
 
   def go(state: tuple[BlockPool, PrefixIndex, Array]):
     pool, index, left = state
-    index, block_ids, mask = prefix.pop(
-      index, left, num_entries=ctx.config.chunk_size
-    )
+    index, block_ids, mask = prefix.pop(index, left, num_entries=ctx.config.chunk_size)
     return blocks.push(pool, block_ids, mask), index, left - ragged.sum_int(mask)
 
   # Ends because every round frees a block or moves the ring's head on.
@@ -585,42 +594,6 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
   counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + _total(num))
   return ctx.replace(pool=pool, prefix=index, counters=counters), num
-
-
-# --- Arguments --------------------------------------------------------------------------------
-
-
-def _as_int32(
-  name: str,
-  value: ArrayLike,
-  *,
-  ndim: int | None = None,
-  shape: tuple[int, ...] | None = None,
-) -> Array:
-  array = jnp.asarray(value)
-  if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise ValueError(f"{name} must be integers, got {array.dtype}{list(array.shape)}")
-  if ndim is not None and array.ndim != ndim:
-    raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
-  if shape is not None and array.shape != shape:
-    raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-  return array.astype(jnp.int32)
-
-
-def _as_namespaces(namespace: ArrayLike, num: int) -> Array:
-  array = _as_int32("namespace", namespace)
-  if array.shape not in ((), (num,)):
-    raise ValueError(f"namespace must have shape () or ({num},), got {array.shape}")
-  return jnp.broadcast_to(array, (num,))
-
-
-def _as_mask(name: str, value: ArrayLike, size: int) -> Array:
-  array = jnp.asarray(value)
-  if array.dtype != bool or array.shape != (size,):
-    raise ValueError(
-      f"{name} must be bool[{size}], got {array.dtype}{list(array.shape)}"
-    )
-  return array
 
 
 def _total(values: Array) -> Array:

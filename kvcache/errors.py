@@ -1,8 +1,9 @@
 """Status codes of single rows, and the exceptions the host makes from them.
 
-A verb never raises for what can happen to a row at run time (no free row, no free block, a
-prompt that is too long): it leaves the row as it was and reports a `Status` as an int32 value,
-inside `jax.jit` as outside. `raise_for_status` turns codes into exceptions at the door.
+A verb never raises for what can happen to a row at run time (no free row, no free
+block, a prompt that is too long): it leaves the row as it was and reports a `Status` as
+an int32 value, inside `jax.jit` as outside. `raise_for_status` turns codes into
+exceptions at the door.
 """
 
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class InvariantError(CacheError):
 class Status(enum.IntEnum):
   """What became of one row of a call.
 
-  Transient codes may succeed when asked again later, after blocks or rows were freed; permanent
-  ones never will.
+  Transient codes may succeed when asked again later, after blocks or rows were freed;
+  permanent ones never will.
   """
 
   OK = 0
@@ -98,8 +99,8 @@ def raise_for_status(
     request_ids: Names for the rows in the message; their indices if not given.
 
   Raises:
-    CacheError: The subclass that belongs to the first failing row's code. The message names
-      every failing row.
+    CacheError: The subclass that belongs to the first failing row's code. The message
+      names every failing row.
   """
   codes = np.atleast_1d(np.asarray(status)).ravel()
   failed = np.flatnonzero(codes != Status.OK)

@@ -1,10 +1,11 @@
 """Hashes of token prefixes, computed for all blocks of a prompt at once.
 
-The hash of a block stands for all tokens up to its end: `H_i = a * H_{i-1} + d_i` modulo 2^32,
-where `d_i` digests the block's own tokens and `a` is odd. Since `a` has an inverse,
-`H_i = a^i * (sum_{j <= i} d_j * a^-j)`: one cumulative sum with constant powers instead of a
-serial chain. Two lanes with different `a` give 64 bits: one picks the bucket, the other is the
-tag. Hashes only find candidates; a hit is decided by comparing tokens (`prefix.match`).
+The hash of a block stands for all tokens up to its end: `H_i = a * H_{i-1} + d_i`
+modulo 2^32, where `d_i` digests the block's own tokens and `a` is odd. Since `a` has an
+inverse, `H_i = a^i * (sum_{j <= i} d_j * a^-j)`: one cumulative sum with constant
+powers instead of a serial chain. Two lanes with different `a` give 64 bits: one picks
+the bucket, the other is the tag. Hashes only find candidates; a hit is decided by
+comparing tokens (`prefix.match`).
 """
 
 from jax import Array, lax
@@ -44,7 +45,7 @@ def digest(tokens: Array) -> Array:
 
 
 def root(salt: Array, namespaces: Array) -> Array:
-  """`[..., 2]` uint32: the hash before the first block, from `[2]` salt and `[...]` ids."""
+  """`[..., 2]` uint32 hashes before the first block, from `[2]` salt and `[...]`."""
   words = lax.bitcast_convert_type(namespaces, jnp.uint32) * np.uint32(0x9E3779B9)
   salt = salt.reshape((1,) * namespaces.ndim + (LANES,))
   return mix(mix(words)[..., None] + salt)
@@ -58,7 +59,8 @@ def chain(
   Args:
     digests: `[..., E, 2]` uint32.
     base: `[..., E, 2]` uint32. For each entry the hash its chain continues from.
-    segment_starts: `[..., E]` int32. For each entry the index of its chain's first entry.
+    segment_starts: `[..., E]` int32. For each entry the index of its chain's first
+      entry.
     offsets: `[..., E]` int32. Place of each entry in its chain.
 
   Returns:
@@ -73,17 +75,17 @@ def chain(
   )
   before = jnp.where((segment_starts > 0)[..., None], before, np.uint32(0))
   own = powers[:num].reshape(*lead, num, LANES) * (sums - before)
-  return own + jnp.asarray(powers)[offsets + 1] * base
+  return own + powers[offsets + 1] * base
 
 
 def chain_from_root(digests: Array, roots: Array) -> Array:
-  """`[A, E, 2]`: hashes of `A` whole chains with `[A, E, 2]` digests and `[A, 2]` roots."""
+  """`[A, E, 2]` hashes of `A` chains from `[A, E, 2]` digests and `[A, 2]` roots."""
   powers, inverses = _powers(digests.shape[-2] + 1)
   own = powers[:-1][None] * jnp.cumsum(digests * inverses[:-1][None], axis=-2)
   return own + powers[1:][None] * roots[:, None]
 
 
-def _powers(num: int) -> tuple[np.ndarray, np.ndarray]:
+def _powers(num: int) -> tuple[Array, Array]:
   """`[num, 2]` uint32 powers of the multipliers, and of their inverses."""
 
   def table(multiplier: int) -> list[int]:
@@ -96,6 +98,6 @@ def _powers(num: int) -> tuple[np.ndarray, np.ndarray]:
   powers = [table(a) for a in _MULTIPLIERS]
   inverses = [table(pow(a, -1, 2**32)) for a in _MULTIPLIERS]
   return (
-    np.array(powers, np.uint32).T.copy(),
-    np.array(inverses, np.uint32).T.copy(),
+    jnp.asarray(np.array(powers, np.uint32).T),
+    jnp.asarray(np.array(inverses, np.uint32).T),
   )

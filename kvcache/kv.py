@@ -1,8 +1,8 @@
 """KVStore: the key and value arrays; write, gather, copy.
 
 One buffer holds all layers, so that a layer is an offset: block `b` of layer `l` is row
-`l * N + b` of the flat view. Layers can be scanned with the store as loop carry, and no layer is
-ever sliced out, which would copy it.
+`l * N + b` of the flat view. Layers can be scanned with the store as loop carry, and no
+layer is ever sliced out, which would copy it.
 """
 
 import flax.struct
@@ -15,8 +15,7 @@ from kvcache import ragged
 _COPY_BATCH = 4
 
 
-@flax.struct.dataclass(kw_only=True)
-class KVStore:
+class KVStore(flax.struct.PyTreeNode, kw_only=True):
   """Keys and values of all blocks of all layers.
 
   Attributes:
@@ -44,7 +43,9 @@ class KVStore:
 
   def flat(self) -> tuple[Array, Array]:
     """`k, v [L * N, K, block_size, D]`: the view that `layer * N + block` indexes."""
-    return self.k.reshape(-1, *self.k.shape[-3:]), self.v.reshape(-1, *self.v.shape[-3:])
+    return self.k.reshape(-1, *self.k.shape[-3:]), self.v.reshape(
+      -1, *self.v.shape[-3:]
+    )
 
 
 def init(
@@ -61,7 +62,9 @@ def init(
   return KVStore(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def write(store: KVStore, layer: ArrayLike, k: Array, v: Array, slots: Array) -> KVStore:
+def write(
+  store: KVStore, layer: ArrayLike, k: Array, v: Array, slots: Array
+) -> KVStore:
   """Writes the keys and values of `T` tokens of one layer.
 
   Args:
@@ -69,7 +72,8 @@ def write(store: KVStore, layer: ArrayLike, k: Array, v: Array, slots: Array) ->
     layer: `[]` int32.
     k: `[T, K, D]`.
     v: `[T, K, D]`.
-    slots: `[T]` int32 flat addresses `block * block_size + offset`; `N * block_size` drops.
+    slots: `[T]` int32 flat addresses `block * block_size + offset`; `N * block_size`
+      drops.
   """
   block, offset = slots // store.block_size, slots % store.block_size
   first = jnp.asarray(layer, jnp.int32) * store.num_blocks
@@ -87,7 +91,8 @@ def write(store: KVStore, layer: ArrayLike, k: Array, v: Array, slots: Array) ->
 def copy_blocks(store: KVStore, source: Array, target: Array) -> KVStore:
   """Copies whole blocks in all layers.
 
-  Costs what is copied: a few blocks at a time, so that a list that is mostly dropped entries
+  Costs what is copied: a few blocks at a time, so that a list that is mostly dropped
+    entries
   moves nothing.
 
   Args:
@@ -114,7 +119,5 @@ def copy_blocks(store: KVStore, source: Array, target: Array) -> KVStore:
     return KVStore(k=put(store.k), v=put(store.v)), start + at.shape[0]
 
   # Ends because `start` grows to `num`.
-  store, _ = lax.while_loop(
-    lambda state: state[1] < num, copy, (store, jnp.int32(0))
-  )
+  store, _ = lax.while_loop(lambda state: state[1] < num, copy, (store, jnp.int32(0)))
   return store

@@ -1,11 +1,12 @@
 """StepMetadata: the read-only view of a Context that one model step needs.
 
-Computed once per step and shared by all layers. Two layouts, one meaning: token `t` belongs to
-row `seq_ids[t]` and stands at `positions[t]`.
+Computed once per step and shared by all layers. Two layouts, one meaning: token `t`
+belongs to row `seq_ids[t]` and stands at `positions[t]`.
 
 *   Packed (`num_tokens` given): the rows' new tokens lie end to end, in row order.
-*   Decode (`num_tokens` omitted): token `s` belongs to row `s`; rows that are not in the step
-    leave a gap, which padding rules make harmless. There is no packing to compute.
+*   Decode (`num_tokens` omitted): token `s` belongs to row `s`; rows that are not in
+    the step leave a gap, which padding rules make harmless. There is no packing to
+    compute.
 """
 
 import flax.struct
@@ -16,20 +17,20 @@ from kvcache import ragged
 from kvcache.sequences import SequenceTable
 
 
-@flax.struct.dataclass(kw_only=True)
-class StepMetadata:
+class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   """Where each token of a step comes from and goes to.
 
   Attributes:
     seq_ids: `[T]` int32. Row of each token, 0 for padding in the packed layout.
     positions: `[T]` int32. Place of each token in its sequence, counted from 0.
-    slot_mapping: `[T]` int32. Flat write address `block * block_size + offset`; padding is one
-      past the end, `N * block_size`.
+    slot_mapping: `[T]` int32. Flat write address `block * block_size + offset`; padding
+      is one past the end, `N * block_size`.
     query_lens: `[S]` int32. New tokens of each row.
     seq_lens: `[S]` int32. Tokens of each row after this step; 0 for rows not in it.
-    cu_seqlens: `[S + 1]` int32. Row `s` owns tokens `cu_seqlens[s]` up to `cu_seqlens[s + 1]`
-      (in the decode layout one each, which is padding where `seq_lens[s] == 0`).
-    logits_indices: `[S]` int32. Each row's last token, anything in range for rows not in it.
+    cu_seqlens: `[S + 1]` int32. Row `s` owns tokens `cu_seqlens[s]` up to `cu_seqlens[s
+      + 1]` (in the decode layout one each, which is padding where `seq_lens[s] == 0`).
+    logits_indices: `[S]` int32. Each row's last token, anything in range for rows not
+      in it.
     block_tables: `[S, P]` int32. Of the context.
     is_decode: Whether the layout is the decode layout. Static.
   """

@@ -1,7 +1,7 @@
 """Looking at a Context: numbers of its use, and what changed between two of them.
 
-Pure reads. `stats` and `events` may be jitted; they look at every block, so call them once per
-slice of work and not in every step.
+Pure reads. `stats` and `events` may be jitted; they look at every block, so call them
+once per slice of work and not in every step.
 """
 
 import flax.struct
@@ -12,8 +12,7 @@ from kvcache import ragged
 from kvcache.context import Context, Counters
 
 
-@flax.struct.dataclass(kw_only=True)
-class Stats:
+class Stats(flax.struct.PyTreeNode, kw_only=True):
   """How the memory is used. All `[]` int32 unless said otherwise.
 
   Attributes:
@@ -23,7 +22,8 @@ class Stats:
     num_evictable: Cached blocks that nobody holds.
     num_in_use: Blocks that some row holds.
     num_shared: Blocks that more than one row holds.
-    num_references: Table entries that name a block: what there would be without sharing.
+    num_references: Table entries that name a block: what there would be without
+      sharing.
     num_cached: Blocks in the prefix index, held or not.
     num_reserved: Token positions in blocks in use that hold no token yet.
     hit_rate: `[]` float32. Share of all admitted prompt tokens that were cached.
@@ -43,8 +43,7 @@ class Stats:
   counters: Counters
 
 
-@flax.struct.dataclass(kw_only=True)
-class Events:
+class Events(flax.struct.PyTreeNode, kw_only=True):
   """What entered and left the prefix index between two contexts.
 
   Attributes:

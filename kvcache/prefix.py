@@ -2,21 +2,23 @@
 
 Two structures over the same `N` blocks:
 
-*   A set-associative table from hash to block. A bucket has a fixed number of ways, each a tag
-    beside a block id; a lookup reads them all. A block knows its own way, so removing it clears
-    that way directly: no tombstones, no probing. An insert that finds its bucket full is given
-    up; a block that is not indexed is only a lost hit.
-*   A ring of evictable blocks in the order in which their last holder let go, children before
-    parents. An entry counts while its block's `queue_pos` still names it, so taking a block out
-    of the middle is one store. Ring order is least recently used with leaves first, because
-    every holder of a child also holds its parent.
+*   A set-associative table from hash to block. A bucket has a fixed number of ways,
+    each a tag beside a block id; a lookup reads them all. A block knows its own way, so
+    removing it clears that way directly: no tombstones, no probing. An insert that
+    finds its bucket full is given up; a block that is not indexed is only a lost hit.
+*   A ring of evictable blocks in the order in which their last holder let go, children
+    before parents. An entry counts while its block's `queue_pos` still names it, so
+    taking a block out of the middle is one store. Ring order is least recently used
+    with leaves first, because every holder of a child also holds its parent.
 
-A hit is exact: tokens, namespace and the parent block are compared, never the hash alone.
+A hit is exact: tokens, namespace and the parent block are compared, never the hash
+  alone.
 """
 
 import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvcache import hashing, ragged
 from kvcache.config import NULL_BLOCK
@@ -24,14 +26,14 @@ from kvcache.config import NULL_BLOCK
 _MARK = -(1 << 30)
 
 
-@flax.struct.dataclass(kw_only=True)
-class PrefixIndex:
+class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
   """What is known of each block's tokens. "Cached" means in the index.
 
   Attributes:
     block_tokens: `[N, block_size]` int32. Tokens of every block in use or cached.
     prefix_hash: `[N, 2]` uint32. Hash of the tokens up to the block's end, if cached.
-    parent: `[N]` int32. The block before it in its prefix, `NULL_BLOCK` for a first block.
+    parent: `[N]` int32. The block before it in its prefix, `NULL_BLOCK` for a first
+      block.
     depth: `[N]` int32. Its column in every row that holds it.
     namespace: `[N]` int32. Namespace of the prefix.
     num_children: `[N]` int32. Cached blocks whose parent it is.
@@ -39,7 +41,8 @@ class PrefixIndex:
     queue_pos: `[N]` int32. One plus its place in the ring, 0 if not evictable.
     way_ids: `[B, W]` int32. The table's block ids, `NULL_BLOCK` for an empty way.
     way_tags: `[B, W]` uint32. Second lane of each block's hash.
-    queue: `[R]` int32. The ring; entries from `queue_head` up to `queue_tail` may count.
+    queue: `[R]` int32. The ring; entries from `queue_head` up to `queue_tail` may
+      count.
     queue_head: `[]` int32.
     queue_tail: `[]` int32.
     num_evictable: `[]` int32. Entries that count.
@@ -88,7 +91,7 @@ def init(
 ) -> PrefixIndex:
   """Makes an empty index."""
 
-  def zeros(*shape: int, dtype=jnp.int32) -> Array:
+  def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
     return jnp.zeros(shape, dtype)
 
   return PrefixIndex(
@@ -111,7 +114,7 @@ def init(
 
 
 def store_tokens(index: PrefixIndex, slots: Array, tokens: Array) -> PrefixIndex:
-  """Remembers `tokens [T]` at flat write addresses `slots [T]`; one past the end drops."""
+  """Remembers `tokens [T]` at write addresses `slots [T]`; one past the end drops."""
   flat = index.block_tokens.reshape(-1).at[slots].set(tokens, mode="drop")
   return index.replace(block_tokens=flat.reshape(index.block_tokens.shape))
 
@@ -124,7 +127,7 @@ def copy_tokens(index: PrefixIndex, source: Array, target: Array) -> PrefixIndex
   )
 
 
-# --- Finding ----------------------------------------------------------------------------------
+# --- Finding --------------------------------------------------------------------------
 
 
 def match(
@@ -139,8 +142,8 @@ def match(
     namespaces: `[A]` int32.
 
   Returns:
-    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids are the cached prefix, the
-    others are `NULL_BLOCK`.
+    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids are the cached
+    prefix, the others are `NULL_BLOCK`.
   """
   digests = hashing.digest(tokens)
   hashes = hashing.chain_from_root(digests, hashing.root(index.salt, namespaces))
@@ -164,7 +167,7 @@ def _bucket(index: PrefixIndex, hashes: Array) -> Array:
 
 
 def _lookup(index: PrefixIndex, hashes: Array) -> tuple[Array, Array, Array]:
-  """Reads the buckets of `hashes [..., 2]`: `(buckets, candidates, way_ids [..., W])`."""
+  """Reads buckets of `hashes [..., 2]`: `(buckets, candidates, way_ids [..., W])`."""
   buckets = _bucket(index, hashes)
   ids = index.way_ids[buckets]
   is_match = index.way_tags[buckets] == hashes[..., 1:]
@@ -174,7 +177,7 @@ def _lookup(index: PrefixIndex, hashes: Array) -> tuple[Array, Array, Array]:
 def _is_same(
   index: PrefixIndex, candidates: Array, tokens: Array, namespaces: Array
 ) -> Array:
-  """Whether candidate blocks truly hold the tokens; the parent is still to be compared."""
+  """Whether candidate blocks truly hold the tokens; says nothing of their parents."""
   return (
     (candidates != NULL_BLOCK)
     & jnp.all(index.block_tokens[candidates] == tokens, axis=-1)
@@ -182,11 +185,10 @@ def _is_same(
   )
 
 
-# --- Inserting --------------------------------------------------------------------------------
+# --- Inserting ------------------------------------------------------------------------
 
 
-@flax.struct.dataclass(kw_only=True)
-class Insertion:
+class Insertion(flax.struct.PyTreeNode, kw_only=True):
   """What became of each entry of one `insert`.
 
   Attributes:
@@ -212,17 +214,20 @@ def insert(
 ) -> tuple[PrefixIndex, Insertion]:
   """Puts full blocks into the index, or finds the equal ones that are there already.
 
-  The entries are segments of consecutive blocks of a row. An entry that loses a way to an
-  earlier entry of the same call is neither done nor hopeless and may be tried again. The first
-  entry of the list is always done or hopeless, so trying again makes progress.
+  The entries are segments of consecutive blocks of a row. An entry that loses a way to
+  an earlier entry of the same call is neither done nor hopeless and may be tried again.
+  The first entry of the list is always done or hopeless, so trying again makes
+  progress.
 
   Args:
     index: The index. `block_tokens` of the blocks are in place.
     block_ids: `[E]` int32.
-    previous: `[E]` int32. The cached block before each segment's first one, else ignored.
+    previous: `[E]` int32. The cached block before each segment's first one, else
+      ignored.
     namespaces: `[E]` int32.
     depths: `[E]` int32.
-    offsets: `[E]` int32. Place of each entry in its segment; a segment's entries are adjacent.
+    offsets: `[E]` int32. Place of each entry in its segment; a segment's entries are
+      adjacent.
     is_valid: `[E]` bool.
   """
   entry = jnp.arange(block_ids.shape[0], dtype=jnp.int32)
@@ -244,8 +249,8 @@ def insert(
   parents = jnp.where(is_first, previous, jnp.roll(canonical, 1))
   is_true_hit = is_hit & (index.parent[candidates] == parents)
 
-  # New blocks take the first empty way, counted from a place the tag chooses, so that two
-  # blocks of one call rarely want the same one. If they do, the earlier entry wins.
+  # New blocks take the first empty way, counted from a place the tag chooses, so that
+  # two blocks of one call rarely want the same one. If they do, the earlier entry wins.
   num_ways = index.way_ids.shape[1]
   turn = (hashes[:, 1] % jnp.uint32(num_ways)).astype(jnp.int32)
   ways = (turn[:, None] + jnp.arange(num_ways, dtype=jnp.int32)[None]) % num_ways
@@ -257,8 +262,8 @@ def insert(
   num_places = flat_ids.shape[0]
   marks = entry + _MARK
   to = ragged.masked(place, wants, num_places)
-  flat_ids = flat_ids.at[to].min(marks, mode="drop")
-  has_won = ragged.hold(wants & (flat_ids[place] == marks))
+  found, flat_ids = ragged.read(flat_ids.at[to].min(marks, mode="drop"), place)
+  has_won = wants & (found == marks)
 
   is_good = is_true_hit | has_won | ~is_valid
   last_bad = lax.cummax(jnp.where(is_good, -1, entry))
@@ -276,9 +281,7 @@ def insert(
     return field.at[block].set(value, mode="drop")
 
   index = index.replace(
-    way_ids=flat_ids.at[place]
-    .set(block_ids, mode="drop")
-    .reshape(index.way_ids.shape),
+    way_ids=flat_ids.at[place].set(block_ids, mode="drop").reshape(index.way_ids.shape),
     way_tags=index.way_tags.reshape(-1)
     .at[place]
     .set(hashes[:, 1], mode="drop")
@@ -303,29 +306,29 @@ def remove(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
   Evictable blocks are still in the ring after this; the caller takes them out.
   """
   num_places = index.way_ids.size
-  place = ragged.masked(index.way_of[block_ids] - 1, mask, num_places)
-  parents = ragged.hold(index.parent[block_ids])
+  ways, way_of = ragged.read(index.way_of, block_ids)
+  place = ragged.masked(ways - 1, mask, num_places)
+  parents = index.parent[block_ids]
   family = ragged.masked(parents, mask & (parents != NULL_BLOCK), index.num_blocks)
   block = ragged.masked(block_ids, mask, index.num_blocks)
-  place = ragged.hold(place)
   return index.replace(
     way_ids=index.way_ids.reshape(-1)
     .at[place]
     .set(NULL_BLOCK, mode="drop")
     .reshape(index.way_ids.shape),
-    way_of=index.way_of.at[block].set(0, mode="drop"),
+    way_of=way_of.at[block].set(0, mode="drop"),
     num_children=index.num_children.at[family].add(-1, mode="drop"),
   )
 
 
-# --- The eviction ring ------------------------------------------------------------------------
+# --- The eviction ring ----------------------------------------------------------------
 
 
 def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
   """Makes room at the ring's end for `num_pushes <= N` blocks.
 
-  Costs the ring's size, but only once per at least `N` pushes: afterwards the ring holds at most
-  `N` entries of its `3 N` slots.
+  Costs the ring's size, but only once per at least `N` pushes: afterwards the ring
+  holds at most `N` entries of its `3 N` slots.
   """
 
   def compact(index: PrefixIndex) -> PrefixIndex:
@@ -341,8 +344,8 @@ def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
       queue_tail=ragged.sum_int(counts),
     )
 
-  # Runs at most once: afterwards the tail is at most N, and 2 N slots are free. A `while`
-  # instead of a `cond` because the arrays are then updated in place.
+  # Runs at most once: afterwards the tail is at most N, and 2 N slots are free. A
+  # `while` instead of a `cond` because the arrays are then updated in place.
   return lax.while_loop(
     lambda index: index.queue_tail + num_pushes > index.queue.shape[0], compact, index
   )
@@ -366,12 +369,13 @@ def enqueue(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
 
 
 def dequeue(index: PrefixIndex, block_ids: Array) -> PrefixIndex:
-  """Takes adopted blocks out of the ring; ids may repeat, those not in it are ignored."""
-  waits = ragged.hold(index.queue_pos[block_ids] > 0)
+  """Takes adopted blocks out of the ring. Ids may repeat; others are ignored."""
+  before, queue_pos = ragged.read(index.queue_pos, block_ids)
+  waits = before > 0
   block = ragged.masked(block_ids, waits, index.num_blocks)
   marks = _MARK - jnp.arange(block_ids.shape[0], dtype=jnp.int32)
-  queue_pos = index.queue_pos.at[block].min(marks, mode="drop")
-  is_last = ragged.hold(waits & (queue_pos[block_ids] == marks))
+  found, queue_pos = ragged.read(queue_pos.at[block].min(marks, mode="drop"), block_ids)
+  is_last = waits & (found == marks)
   return index.replace(
     queue_pos=queue_pos.at[block].max(0, mode="drop"),
     num_evictable=index.num_evictable - ragged.sum_int(is_last),
@@ -389,18 +393,19 @@ def pop(
   entry = jnp.arange(num_entries, dtype=jnp.int32)
   at = index.queue_head + entry
   block_ids = index.queue[jnp.minimum(at, index.queue.shape[0] - 1)]
-  counts = (at < index.queue_tail) & (index.queue_pos[block_ids] == at + 1)
-  rank = ragged.ranks(counts)
-  mask = ragged.hold(counts & (rank < count))
+  places, queue_pos = ragged.read(index.queue_pos, block_ids)
+  counts = (at < index.queue_tail) & (places == at + 1)
+  mask = counts & (ragged.ranks(counts) < count)
   num = ragged.sum_int(mask)
-  # The head moves past every slot looked at, but not past the entry after the last one taken.
+  # The head moves past every slot looked at, but not past the entry after the last one
+  # taken.
   num_seen = jnp.where(
     num == count, jnp.max(jnp.where(mask, entry + 1, 0)), jnp.int32(num_entries)
   )
   block = ragged.masked(block_ids, mask, index.num_blocks)
   index = remove(index, block_ids, mask)
   index = index.replace(
-    queue_pos=index.queue_pos.at[block].set(0, mode="drop"),
+    queue_pos=queue_pos.at[block].set(0, mode="drop"),
     queue_head=jnp.minimum(index.queue_head + num_seen, index.queue_tail),
     num_evictable=index.num_evictable - num,
   )

@@ -1,9 +1,10 @@
 """Publishing: full blocks of live rows enter the prefix index.
 
-`commit` only stores tokens and lengths. Before the next admission, release, preemption or fork,
-the new full blocks of all rows are published here in chunks of fixed size. A block that equals
-an indexed one is given back and the row goes on with the indexed one, so that equal prompts that
-arrive together converge to one copy and parents are always canonical.
+`commit` only stores tokens and lengths. Before the next admission, release, preemption
+or fork, the new full blocks of all rows are published here in chunks of fixed size. A
+block that equals an indexed one is given back and the row goes on with the indexed one,
+so that equal prompts that arrive together converge to one copy and parents are always
+canonical.
 """
 
 from jax import Array, lax
@@ -42,9 +43,11 @@ def _round(
   entries = ragged.expand(counts, num_entries)
   rows, valid = entries.rows, entries.is_valid
   columns = table.num_published[rows] + entries.offsets
-  own = jnp.where(valid, table.block_tables[rows, columns], NULL_BLOCK)
-  before = table.block_tables[rows, jnp.maximum(columns - 1, 0)]
-  own, previous = ragged.hold(own, jnp.where(valid & (columns > 0), before, NULL_BLOCK))
+  own, tables = ragged.read(table.block_tables, rows, columns)
+  before, tables = ragged.read(tables, rows, jnp.maximum(columns - 1, 0))
+  table = table.replace(block_tables=tables)
+  own = jnp.where(valid, own, NULL_BLOCK)
+  previous = jnp.where(valid & (columns > 0), before, NULL_BLOCK)
   index, done = prefix.insert(
     index,
     own,

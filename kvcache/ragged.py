@@ -1,7 +1,8 @@
 """Flat lists of ragged rows: row `s` has `counts[s]` entries, laid end to end.
 
-Every transition that touches a varying number of things per row works on such a list of static
-length, so that its cost is the number of things and not rows times the longest row.
+Every transition that touches a varying number of things per row works on such a list of
+static length, so that its cost is the number of things and not rows times the longest
+row.
 """
 
 import flax.struct
@@ -9,8 +10,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass(kw_only=True)
-class Ragged:
+class Ragged(flax.struct.PyTreeNode, kw_only=True):
   """The first `E` entries of the rows, in row order.
 
   Attributes:
@@ -50,7 +50,7 @@ def expand(counts: Array, num_entries: int) -> Ragged:
 
 
 def first_come(need: Array, available: Array, *, order: Array | None = None):
-  """Serves rows in order until one does not fit; later ones that need something wait too.
+  """Serves rows in order until one does not fit; later ones then wait too.
 
   Args:
     need: `[S]` int32, non-negative.
@@ -58,8 +58,8 @@ def first_come(need: Array, available: Array, *, order: Array | None = None):
     order: `[S]` int32 permutation: the row served first, second and so on.
 
   Returns:
-    `(starts, fits)`: `[S]` int32, what the rows before took; `[S]` bool. A row that needs
-    nothing always fits.
+    `(starts, fits)`: `[S]` int32, what the rows before took; `[S]` bool. A row that
+    needs nothing always fits.
   """
   if order is None:
     ends = jnp.cumsum(need)
@@ -75,18 +75,27 @@ def ranks(mask: Array) -> Array:
 
 
 def masked(index: Array, mask: Array, size: int) -> Array:
-  """Returns `index` where `mask`, one past the end elsewhere, for scatters that drop."""
+  """Returns `index` where `mask`, else one past the end, for scatters that drop."""
   return jnp.where(mask, index, jnp.int32(size))
 
 
 def hold(*arrays: Array):
-  """Keeps gathered values apart from a later scatter into the array they came from.
-
-  XLA on CPU otherwise fuses the gather into a later consumer and copies the whole source array
-  to keep it readable.
-  """
+  """Keeps values that were gathered apart from a later scatter that depends on them."""
   held = lax.optimization_barrier(arrays)
   return held[0] if len(arrays) == 1 else held
+
+
+def read(array: Array, *index: Array) -> tuple[Array, Array]:
+  """Gathers from an array that is scattered into afterwards.
+
+  XLA updates in place only what nobody reads any more, and orders a read before a write
+  only by their data. The array returned depends on the values gathered; use it from
+  here on, or the scatter copies the whole array.
+
+  Returns:
+    `(array[index], array)`.
+  """
+  return lax.optimization_barrier((array[index], array))
 
 
 def sum_int(mask: Array) -> Array:

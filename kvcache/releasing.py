@@ -1,8 +1,9 @@
 """Releasing: rows let go of the blocks at their end.
 
-Costs what is released. Columns from `num_frozen` on have one reference and are in no index, so
-they go straight back to the free list; the columns before may be shared or cached and take the
-careful path, deepest first, so that the eviction ring holds children before parents.
+Costs what is released. Columns from `num_frozen` on have one reference and are in no
+index, so they go straight back to the free list; the columns before may be shared or
+cached and take the careful path, deepest first, so that the eviction ring holds
+children before parents.
 """
 
 from jax import Array, lax
@@ -25,15 +26,16 @@ def release(
     tables: Pool, sequence table and prefix index.
     num_kept: `[S]` int32. Rows with fewer blocks are left alone.
     chunk_size: Entries handled per iteration.
-    keep_prefix: Whether cached blocks without holders stay cached. If not, those that no cached
-      block continues return to the free list at once.
+    keep_prefix: Whether cached blocks without holders stay cached. If not, those that
+      no cached block continues return to the free list at once.
   """
   pool, table, index = tables
   num_pushes = jnp.sum(_count(table, num_kept), dtype=jnp.int32)
   index = prefix.compact_queue(index, jnp.minimum(num_pushes, index.num_blocks))
   exclusive = jnp.maximum(num_kept, table.num_frozen)
 
-  # Both loops end because every iteration takes at least one block from a row with a surplus.
+  # Both loops end because every iteration takes at least one block from a row with a
+  # surplus.
   pool, table = lax.while_loop(
     lambda state: jnp.any(_count(state[1], exclusive) > 0),
     lambda state: _release_exclusive(*state, exclusive, num_entries=chunk_size),
@@ -61,7 +63,8 @@ def _take(
   """
   entries = ragged.expand(counts, num_entries)
   columns = table.num_blocks[entries.rows] - 1 - entries.offsets
-  block_ids = ragged.hold(table.block_tables[entries.rows, columns])
+  block_ids, tables = ragged.read(table.block_tables, entries.rows, columns)
+  table = table.replace(block_tables=tables)
   block_ids = jnp.where(entries.is_valid, block_ids, NULL_BLOCK)
   null = jnp.full_like(block_ids, NULL_BLOCK)
   table = sequences.set_blocks(table, entries.rows, columns, null, entries.is_valid)
@@ -105,7 +108,7 @@ def _release_frozen(
 def _is_removable(
   index: PrefixIndex, block_ids: Array, is_cached: Array, is_last: Array
 ) -> Array:
-  """Which blocks of one chain, deepest first, only the chain itself keeps in the index."""
+  """Which blocks of a chain, deepest first, only the chain itself keeps indexed."""
   entry = jnp.arange(block_ids.shape[0], dtype=jnp.int32)
   own_child = jnp.where(entry > 0, jnp.roll(is_cached, 1), False).astype(jnp.int32)
   is_free_to_go = is_last & (index.num_children[block_ids] == own_child)

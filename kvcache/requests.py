@@ -1,9 +1,9 @@
-"""Requests: prompts, outputs, sampling settings and status of many requests, as one pytree.
+"""Requests: prompts, outputs, settings and status of many requests in one pytree.
 
-There is no prefill mode and no decode mode. A request knows how many tokens it has, prompt and
-output together (`lengths`); its row in the context knows how many of them are computed
-(`seq_lens`). A step computes some of the difference, and a row whose every token is computed
-samples the next one.
+There is no prefill mode and no decode mode. A request knows how many tokens it has,
+prompt and output together (`lengths`); its row in the context knows how many of them
+are computed (`seq_lens`). A step computes some of the difference, and a row whose every
+token is computed samples the next one.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,7 @@ class FinishReason(enum.IntEnum):
   """It can never be served; `refusals` says why."""
 
 
-@flax.struct.dataclass(kw_only=True)
-class Requests:
+class Requests(flax.struct.PyTreeNode, kw_only=True):
   """`Q` requests; `C` is the longest that any of them can get.
 
   Attributes:
@@ -65,7 +64,8 @@ class Requests:
     stop_tokens: `[Q, E]` int32, padded with `NO_TOKEN`.
     num_cached: `[Q]` int32. Prompt tokens found in the cache when first admitted.
     num_preemptions: `[Q]` int32.
-    logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not wanted.
+    logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not
+      wanted.
     num_steps: `[]` int32. Model steps run for these requests.
   """
 
@@ -97,14 +97,14 @@ class Requests:
     return self.tokens.shape[-1]
 
 
-@flax.struct.dataclass(kw_only=True)
-class Batch:
-  """The running requests, by row: what a decode step reads and writes instead of `[Q]` arrays.
+class Batch(flax.struct.PyTreeNode, kw_only=True):
+  """The running requests by row: what a decode step uses instead of `[Q]` arrays.
 
   Attributes:
     request_ids: `[S]` int32. Request of each row, `Q` for rows without one.
     lengths: `[S]` int32.
-    limits: `[S]` int32. `lengths` at which the row ends, by its wish or the context's capacity.
+    limits: `[S]` int32. `lengths` at which the row ends, by its wish or the context's
+      capacity.
     max_lens: `[S]` int32. `lengths` at which the request has all it asked for.
     finish_reason: `[S]` int32.
     settings: `[S]` sampling settings.
@@ -139,16 +139,17 @@ def make_requests(
   """Builds requests on the host.
 
   Args:
-    prompts: `Q` lists of token ids. An empty one, or one that no context can hold, is refused
-      by the scheduler and disturbs nobody.
+    prompts: `Q` lists of token ids. An empty one, or one that no context can hold, is
+      refused by the scheduler and disturbs nobody.
     max_new_tokens: Output tokens wanted, for all or for each; at least 1.
     sampling_params: For all or for each.
     stop_tokens: Ids that end a request when sampled, for all or a list for each.
     priority: For each; all 0 if omitted. Between -1000 and 1000.
     namespace: For each; all 0 if omitted.
     logprobs: Whether to record the log-probabilities of output tokens.
-    capacity: Upper bound for `C`, commonly `config.max_tokens_per_seq + 1`. What does not fit
-      is not stored; the request ends with `FinishReason.CAPACITY` or is refused.
+    capacity: Upper bound for `C`, commonly `config.max_tokens_per_seq + 1`. What does
+      not fit is not stored; the request ends with `FinishReason.CAPACITY` or is
+      refused.
 
   Raises:
     ValueError: An argument has the wrong length or range.
@@ -170,10 +171,7 @@ def make_requests(
   if max(map(abs, priorities)) > MAX_PRIORITY:
     raise ValueError(f"priority must be within +-{MAX_PRIORITY}")
   namespaces = _each("namespace", 0 if namespace is None else namespace, num)
-  per_request = len(stop_tokens) > 0 and not isinstance(stop_tokens[0], int | np.integer)
-  stops = list(stop_tokens) if per_request else [stop_tokens] * num
-  if len(stops) != num:
-    raise ValueError(f"stop_tokens has {len(stops)} lists for {num} prompts")
+  stops = _stop_lists(stop_tokens, num)
 
   prompt_lens = np.array([len(prompt) for prompt in prompts], np.int32)
   max_lens = np.minimum(prompt_lens + np.array(wanted, np.int64), 2**31 - 1)
@@ -227,7 +225,8 @@ def load_batch(requests: Requests, *, max_seqs: int, max_tokens_per_seq: int) ->
   ids = request_of_row(requests, max_seqs)
   at = jnp.minimum(ids, requests.num_requests - 1)
   max_lens = requests.max_lens[at]
-  # The last token is sampled but never computed, hence one more than a sequence can store.
+  # The last token is sampled but never computed, hence one more than a sequence can
+  # store.
   limits = jnp.minimum(max_lens, min(requests.capacity, max_tokens_per_seq + 1))
   is_running = ids < requests.num_requests
   return Batch(
@@ -291,3 +290,16 @@ def _each(name: str, value: int | Sequence[int], num: int) -> list[int]:
   if len(values) != num:
     raise ValueError(f"{name} has {len(values)} entries for {num} prompts")
   return [int(v) for v in values]
+
+
+def _stop_lists(
+  stop_tokens: Sequence[int] | Sequence[Sequence[int]], num: int
+) -> list[list[int]]:
+  """One list of stop tokens for each request, from one for all or one for each."""
+  for_all = [stop for stop in stop_tokens if isinstance(stop, int | np.integer)]
+  if len(for_all) == len(stop_tokens):
+    return [[int(stop) for stop in for_all]] * num
+  for_each = [list(stop) for stop in stop_tokens if isinstance(stop, Sequence)]
+  if len(for_each) != num:
+    raise ValueError(f"stop_tokens has {len(for_each)} lists for {num} prompts")
+  return for_each

@@ -61,8 +61,7 @@ class SamplingParams:
     _check_integer("seed", self.seed, _MAX_UINT32)
 
 
-@flax.struct.dataclass(kw_only=True)
-class SamplingSettings:
+class SamplingSettings(flax.struct.PyTreeNode, kw_only=True):
   """The sampling parameters of `S` rows, one entry per row; see `SamplingParams`."""
 
   temperature: Array  # [S] float32

@@ -1,8 +1,9 @@
 """Who computes how many tokens in the next step: admission, chunking and preemption.
 
-Pure functions. A policy is `policy(ctx, requests) -> order`: `[Q]` int32, smaller is served
-first. Waiting requests are admitted in that order, prompts share the token budget in that order,
-and when memory runs short the running request that comes last in it is preempted.
+Pure functions. A policy is `policy(ctx, requests) -> order`: `[Q]` int32, smaller is
+served first. Waiting requests are admitted in that order, prompts share the token
+budget in that order, and when memory runs short the running request that comes last in
+it is preempted.
 """
 
 from collections.abc import Callable
@@ -49,12 +50,13 @@ class SchedulerConfig:
   """Static settings of the loop; hashable.
 
   Attributes:
-    token_budget: `T` of a mixed step: tokens computed in it, decoding rows and prompt chunks
-      together. At least `max_seqs`, so that decoding rows never miss a step.
+    token_budget: `T` of a mixed step: tokens computed in it, decoding rows and prompt
+      chunks together. At least `max_seqs`, so that decoding rows never miss a step.
     max_admissions: `A`, prompts looked at in one step.
-    watermark: Blocks that each mixed step leaves free, by eviction, so that the decode steps
-      that follow find some. `max_seqs` if None.
-    defer_shared: Whether a prompt waits while another one computes blocks that it could adopt.
+    watermark: Blocks that each mixed step leaves free, by eviction, so that the decode
+      steps that follow find some. `max_seqs` if None.
+    defer_shared: Whether a prompt waits while another one computes blocks that it could
+      adopt.
     admission: Order in which requests are served.
     preemption: Order whose last running request is preempted. `admission` if None.
   """
@@ -75,16 +77,16 @@ class SchedulerConfig:
       raise ValueError(f"watermark must not be negative, got {self.watermark}")
 
 
-@flax.struct.dataclass(kw_only=True)
-class Plan:
+class Plan(flax.struct.PyTreeNode, kw_only=True):
   """What the next step does.
 
   Attributes:
     query_lens: `[S]` int32. Tokens each row computes.
     order: `[S]` int32. Rows in the order in which they are served.
-    has_prefill: `[]` bool. Whether some row computes, or waits to compute, more than one token.
-    is_stalled: `[]` bool. Whether a waiting request was turned away for want of blocks; asking
-      again makes sense after another one has finished.
+    has_prefill: `[]` bool. Whether some row computes, or waits to compute, more than
+      one token.
+    is_stalled: `[]` bool. Whether a waiting request was turned away for want of blocks;
+      asking again makes sense after another one has finished.
   """
 
   query_lens: Array
@@ -98,8 +100,8 @@ def schedule(
 ) -> tuple[Context, Requests, Plan]:
   """Releases finished rows, admits, preempts and shares out the token budget.
 
-  Blocks for the plan's `query_lens` are free afterwards; `extend` with the plan's order takes
-  them.
+  Blocks for the plan's `query_lens` are free afterwards; `extend` with the plan's order
+  takes them.
 
   Args:
     ctx: The context.
@@ -216,7 +218,8 @@ def _admit(
   waits = jnp.zeros_like(is_candidate)
   if scheduler.defer_shared:
     waits = is_candidate & _shares_pending(ctx, requests, candidates, lengths, prompts)
-  # Every running row may need one block more soon; a lone request may take the whole pool.
+  # Every running row may need one block more soon; a lone request may take the whole
+  # pool.
   budget = num_available(ctx) - ragged.sum_int(ctx.sequences.is_active)
   ctx, admission = context.admit(
     ctx,
@@ -258,7 +261,8 @@ def _shares_pending(
 ) -> Array:
   """`[A]` bool: candidates that could adopt blocks that others are about to compute.
 
-  The others are the candidates before it and the running rows with most prompt tokens left.
+  The others are the candidates before it and the running rows with most prompt tokens
+  left.
   """
   config = ctx.config
   batch = running(ctx, requests)
@@ -274,7 +278,9 @@ def _shares_pending(
 
   ids = jnp.concatenate([candidates, others])
   their_tokens = requests.tokens[ids, :width]
-  their_lens = jnp.concatenate([lengths, jnp.where(left > 1, requests.lengths[others], 0)])
+  their_lens = jnp.concatenate(
+    [lengths, jnp.where(left > 1, requests.lengths[others], 0)]
+  )
   computed = jnp.concatenate([jnp.zeros_like(lengths), ctx.sequences.seq_lens[rows]])
   same = jnp.all(
     (prompts[:, None, :width] == their_tokens[None]).reshape(
@@ -299,7 +305,7 @@ def _shares_pending(
 
 
 def _row_order(order: Array, batch: Batch, mask: Array) -> Array:
-  """`[S]` int32: rows sorted by their request's place in the order; rows not in `mask` last."""
+  """`[S]` int32 rows in their requests' order; those not in `mask` last."""
   at = jnp.minimum(batch.request_ids, order.shape[0] - 1)
   return jnp.argsort(jnp.where(mask, order[at], _LAST)).astype(jnp.int32)
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from kvcache import ragged
 
 
-@flax.struct.dataclass(kw_only=True)
-class SequenceTable:
+class SequenceTable(flax.struct.PyTreeNode, kw_only=True):
   """`S` rows; a live sequence keeps its row, its `seq_id`, until it is finished.
 
   Attributes:
@@ -17,10 +16,10 @@ class SequenceTable:
     seq_lens: `[S]` int32. Tokens stored.
     is_active: `[S]` bool. Whether the row holds a live sequence.
     num_published: `[S]` int32. Leading blocks that are in the prefix index.
-    num_frozen: `[S]` int32. Leading blocks that may be shared or indexed; all later ones have
-      one reference and are in no index. At least `num_published`.
-    is_sealed: `[S]` bool. Rows that publish no more, because the index had no place for one of
-      their blocks.
+    num_frozen: `[S]` int32. Leading blocks that may be shared or indexed; all later
+      ones have one reference and are in no index. At least `num_published`.
+    is_sealed: `[S]` bool. Rows that publish no more, because the index had no place for
+      one of their blocks.
     namespaces: `[S]` int32. Sequences share prefixes only within a namespace.
   """
 

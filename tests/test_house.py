@@ -21,17 +21,20 @@ PARTS = {"blocks", "sequences", "prefix", "kv", "states"}
 # Floors of kvcache, the ground floor first. A module imports from its own floor or from
 # floors below, never from above. `kvcache` is the front door, kvcache/__init__.py.
 FLOORS = (
-  {"config", "errors", "ragged", "hashing"},
+  {"config", "errors", "ragged", "hashing", "arguments"},
   PARTS,
   {"metadata", "publishing", "releasing"},
   {"context"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"scheduler"},
   {"serve"},
+  {"generation"},
   {"kvcache"},
   {"nn"},
   {"models"},
-  {"demo", "__main__"},
+  {"prompts", "report", "terminal"},
+  {"cli"},
+  {"__main__"},
 )
 
 

@@ -26,7 +26,7 @@ class WalkConfig:
 
   @property
   def width(self) -> int:
-    """Columns of the prompts: one more than any row can hold, so too long is possible."""
+    """Columns of the prompts: one more than the widest row can hold."""
     return self.cache.max_blocks_per_seq * self.cache.block_size + 1
 
 
@@ -37,22 +37,24 @@ def _cache(**kwargs) -> CacheConfig:
 
 CONFIGS = {
   "small": WalkConfig(
-    cache=_cache(num_blocks=40, block_size=4, max_seqs=6, max_seq_len=32)
+    cache=_cache(num_blocks=40, block_size=4, max_seqs=6, max_seq_len=32, chunk_size=8)
   ),
   "tiny": WalkConfig(
-    cache=_cache(num_blocks=9, block_size=2, max_seqs=5, max_seq_len=12),
+    cache=_cache(num_blocks=9, block_size=2, max_seqs=5, max_seq_len=12, chunk_size=3),
     num_tokens=7,
     vocab=2,
     phases=("crowd", "churn", "fill", "crowd", "speculate"),
   ),
   "single_token_blocks": WalkConfig(
-    cache=_cache(num_blocks=32, block_size=1, max_seqs=4, max_seq_len=16),
+    cache=_cache(num_blocks=32, block_size=1, max_seqs=4, max_seq_len=16, chunk_size=1),
     num_tokens=6,
     vocab=2,
     prompt_blocks=5,
   ),
   "long_decode": WalkConfig(
-    cache=_cache(num_blocks=160, block_size=4, max_seqs=8, max_seq_len=96),
+    cache=_cache(
+      num_blocks=160, block_size=4, max_seqs=8, max_seq_len=96, chunk_size=16
+    ),
     num_tokens=24,
     phases=("fill", "decode", "decode", "decode", "speculate", "churn"),
     prompt_blocks=8,
@@ -75,7 +77,8 @@ PHASES = {
     "extend+step": 1,
   },
   "crowd": {
-    "admit": 5,
+    "admit": 3,
+    "admit_within": 3,
     "extend+step": 8,
     "extend_decode+step_decode": 3,
     "extend": 4,
@@ -161,6 +164,11 @@ class Proposer:
     namespaces = self.rng.choice([0, 0, 0, 0, 7, -3], size=A).astype(np.int32)
     return {"tokens": tokens, "lengths": lengths, "namespaces": namespaces}
 
+  def _propose_admit_within(self):
+    num_usable = self.oracle.num_free + self.oracle.num_evictable
+    budget = self.rng.choice([num_usable, num_usable // 2, 1, 0, -1, INT_MAX])
+    return self._propose_admit() | {"block_budget": np.int32(budget)}
+
   def _wanted(self):
     """Tokens that each row has still to compute; one if it only decodes."""
     rows = zip(self.oracle.rows, self.texts, strict=True)
@@ -231,7 +239,7 @@ class Proposer:
       tokens[here[: len(given)]] = given
       if len(given) < len(mine) and self._chance(0.7):  # equal rows go on equally
         tokens[here[len(given)]] = sum(row.tokens[-3:]) % self.config.vocab
-      whole = fingerprints(row.namespace, row.tokens + tokens[here].tolist())
+      whole = fingerprints(row.namespace, (*row.tokens, *tokens[here].tolist()))
       prints[here] = whole[start:]
     keys, values = contents(self.config.cache, prints)
     return {"tokens": tokens, "keys": keys, "values": values}

@@ -41,20 +41,21 @@ def _step_decode(ctx, query_lens, tokens, keys, values):
   return _step(ctx, query_lens, None, tokens, keys, values, num_tokens=None)
 
 
-def _admit(ctx, tokens, lengths, namespaces):
-  return kvcache.admit(ctx, tokens, lengths, namespace=namespaces)
+def _admit(ctx, tokens, lengths, namespaces, **kwargs):
+  return kvcache.admit(ctx, tokens, lengths, namespace=namespaces, **kwargs)
 
 
 def transitions(config: WalkConfig):
-  """The transitions by name: `(ctx, **arrays) -> (ctx, result)`."""
+  """The transitions by name: `(ctx, **arrays) -> (ctx, *results)`."""
   extend, finish, reset = kvcache.extend, kvcache.finish, kvcache.reset
   T = config.num_tokens
 
   def alone(verb, **kwargs):
-    return lambda ctx, **arrays: (verb(ctx, **arrays, **kwargs), ())
+    return lambda ctx, **arrays: (verb(ctx, **arrays, **kwargs),)
 
   return {
     "admit": _admit,
+    "admit_within": _admit,  # a budget of blocks
     "extend": functools.partial(extend, num_tokens=T),
     "extend_decode": extend,
     "step": functools.partial(_step, num_tokens=T),
@@ -86,10 +87,12 @@ def programs(config: WalkConfig, *, batched: bool = False):
 
   def program(transition):
     def run(ctx, arrays):
-      after, result = transition(ctx, **arrays)
+      after, *result = transition(ctx, **arrays)
       return after, poison(after), result
 
-    return jax.jit(jax.vmap(run) if batched else run)
+    # Compiling takes longer than walking, so LLVM is told not to optimise.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.vmap(run) if batched else run, compiler_options=options)
 
   return {name: program(f) for name, f in transitions(config).items()}
 
@@ -109,7 +112,7 @@ class Walk:
   def __init__(self, config: WalkConfig, *, seed: int):
     self.config = config
     self.ctx = poison(kvcache.init(config.cache, salt=seed))
-    self.host = jax.device_get(self.ctx)
+    self.host = walk_checks.to_host(self.ctx)
     self.oracle = ReferenceCache(
       num_blocks=config.cache.num_blocks,
       block_size=config.cache.block_size,
@@ -130,7 +133,7 @@ class Walk:
       prediction = getattr(self, f"_predict_{name}")(**arrays)
       before, (self.host, kv, result) = (
         self.host,
-        jax.device_get((after, poisoned.kv, result)),
+        walk_checks.to_host((after, poisoned.kv, result)),
       )
       self._check(before, result, prediction)
       if self.num_steps % 64 == 0:
@@ -156,7 +159,7 @@ class Walk:
 
   # The oracle's side.
 
-  def _predict_admit(self, tokens, lengths, namespaces):
+  def _predict_admit(self, tokens, lengths, namespaces, block_budget=None):
     is_published = self.oracle.num_pending() == 0
     prompts = [
       row[: max(n, 0)].tolist() for row, n in zip(tokens, lengths, strict=True)
@@ -166,6 +169,7 @@ class Walk:
       lengths=lengths.tolist(),
       width=self.config.width,
       namespaces=namespaces.tolist(),
+      block_budget=block_budget,
     )
     for prompt, (s, _, status) in zip(prompts, results, strict=True):
       if status == Status.OK:
@@ -174,6 +178,8 @@ class Walk:
     return Prediction(
       result=(seq_ids, num_cached, status), is_idle=is_published and all(status)
     )
+
+  _predict_admit_within = _predict_admit
 
   def _predict_extend(self, query_lens, order=None):
     statuses = self.oracle.extend(
@@ -256,8 +262,8 @@ class Walk:
 
 def check_result(result, expected, before: Context) -> None:
   """Asserts that a verb reported what the oracle expects."""
-  if isinstance(result, kvcache.StepMetadata):
-    walk_checks.check_metadata(result, *expected, before)
+  if result and isinstance(result[0], kvcache.StepMetadata):
+    walk_checks.check_metadata(result[0], *expected, before)
     return
   leaves = jax.tree.leaves(result)
   assert len(leaves) == len(expected)

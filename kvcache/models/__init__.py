@@ -1,6 +1,7 @@
 """Small, readable reference models and their weight loaders.
 
-`load(path)` reads a GGUF file or a Hugging Face folder; without a path it takes the demo model.
+`load(path)` reads a GGUF file or a Hugging Face folder; without a path it takes the
+demo model.
 """
 
 from kvcache.models.errors import LoadError

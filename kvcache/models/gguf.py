@@ -1,8 +1,9 @@
 """Models from GGUF files, the single-file format of llama.cpp.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here (the
-`gguf` package needs seconds for a vocabulary); blocks of quantised weights are decoded by
-`gguf.dequantize`.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read
+  here
+(the `gguf` package needs seconds for a vocabulary); blocks of quantised weights are
+decoded by `gguf.dequantize`.
 """
 
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class GGUFFile:
 
   Attributes:
     path: Where it is.
-    metadata: Keys and values; arrays of numbers are NumPy arrays, arrays of strings lists.
+    metadata: Keys and values; arrays of numbers are NumPy arrays, of strings lists.
     tensors: By name.
     data: `[bytes]` uint8, the file from the start of its tensor data.
   """
@@ -162,18 +163,16 @@ def load_gguf(
   *,
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool = True,
-  shape_invariant: bool = False,
 ) -> Loaded:
   """Loads a model of the Llama family and its tokenizer from a GGUF file.
 
-  Quantised weights are decoded to `dtype`: the model computes what the file says, at the memory
-  and speed of `dtype`.
+  Quantised weights are decoded to `dtype`: the model computes what the file says, at
+  the memory and speed of `dtype`.
 
   Args:
     path: The file.
     dtype: Of weights and activations.
     scan_layers: As in `LlamaConfig`.
-    shape_invariant: As in `LlamaConfig`.
 
   Raises:
     LoadError: See `kvcache.models.load`.
@@ -184,7 +183,6 @@ def load_gguf(
     config_from_gguf(file),
     dtype=dtype,
     scan_layers=scan_layers,
-    shape_invariant=shape_invariant,
   )
   check_names(
     config,

@@ -46,16 +46,14 @@ def load_huggingface(
   *,
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool = True,
-  shape_invariant: bool = False,
 ) -> Loaded:
   """Loads a model of the Llama family and its tokenizer from a folder.
 
   Args:
-    folder: Holds `config.json`, and `model.safetensors` or shards with their index. A folder
-      without `tokenizer.json` gives a model without a tokenizer.
+    folder: Holds `config.json`, and `model.safetensors` or shards with their index. A
+      folder without `tokenizer.json` gives a model without a tokenizer.
     dtype: Of weights and activations.
     scan_layers: As in `LlamaConfig`.
-    shape_invariant: As in `LlamaConfig`.
 
   Raises:
     LoadError: See `kvcache.models.load`.
@@ -68,7 +66,6 @@ def load_huggingface(
       config_from_huggingface(settings, set(files), source=str(folder)),
       dtype=dtype,
       scan_layers=scan_layers,
-      shape_invariant=shape_invariant,
     )
     check_names(
       config,
@@ -77,9 +74,8 @@ def load_huggingface(
       source=str(folder),
       # Old checkpoints store the frequencies; tied ones may store the embedding twice.
       ignored=lambda name: (
-        name.endswith("rotary_emb.inv_freq") or name == _NAMES["head"]
-        if config.tie_embeddings
-        else name.endswith("rotary_emb.inv_freq")
+        name.endswith("rotary_emb.inv_freq")
+        or (name == _NAMES["head"] and config.tie_embeddings)
       ),
     )
 

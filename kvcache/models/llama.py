@@ -1,18 +1,20 @@
 """The Llama family: Llama, Mistral, SmolLM, Qwen2 and Qwen3, one decoder.
 
-The stack is written once as a `Block` and run in one of two ways. Scanned, all blocks' weights
-are stacked and the compiled program holds one block: it compiles in a fraction of the time and
-suits accelerators. Unrolled, every block has its own arrays: XLA:CPU copies each slice of a
-stacked weight before it multiplies, which costs a decode step of few rows most of its time, so
-there unrolling wins. The cache is the carry either way.
+The stack is written once as a `Block` and run in one of two ways. Scanned, all blocks'
+weights are stacked and the compiled program holds one block: it compiles in a fraction
+of the time and suits accelerators. Unrolled, every block has its own arrays: XLA:CPU
+copies each slice of a stacked weight before it multiplies, which costs a decode step of
+few rows up to half its time, so there unrolling wins. The cache is the carry either
+way.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
-from jax.typing import DTypeLike
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from kvcache.config import AttentionLayer
@@ -44,9 +46,9 @@ class LlamaConfig:
     attention_out_bias: Whether the attention's output projection has one.
     qk_norm: Whether each head of queries and keys is normalised (Qwen3).
     max_position: Context length the model was trained for; not enforced here.
-    dtype: Of weights and activations. Products are accumulated, and logits returned, in float32.
+    dtype: Of weights and activations. Products are accumulated, and logits returned, in
+      float32.
     scan_layers: Whether to stack the weights and scan, see the module's docstring.
-    shape_invariant: As in `kvcache.nn.linear.multiply`.
   """
 
   vocab_size: int
@@ -66,7 +68,6 @@ class LlamaConfig:
   max_position: int = 2048
   dtype: DTypeLike = jnp.float32
   scan_layers: bool = True
-  shape_invariant: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "dtype", np.dtype(self.dtype))
@@ -91,11 +92,9 @@ class FeedForward(nnx.Module):
   """
 
   def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-    kwargs = dict(
-      dtype=config.dtype, rngs=rngs, shape_invariant=config.shape_invariant
-    )
-    self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, **kwargs)
-    self.down = Linear(config.intermediate_size, config.hidden_size, **kwargs)
+    linear = functools.partial(Linear, dtype=config.dtype, rngs=rngs)
+    self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
+    self.down = linear(config.intermediate_size, config.hidden_size)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[T, hidden]` to `[T, hidden]`."""
@@ -107,8 +106,7 @@ class Block(nnx.Module):
   """One layer: attention and feed-forward, each normalised before and added after."""
 
   def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-    norm = dict(epsilon=config.norm_epsilon, dtype=config.dtype)
-    self.attention_norm = RMSNorm(config.hidden_size, **norm)
+    self.attention_norm = _norm(config)
     self.attention = PagedAttention(
       config.hidden_size,
       num_heads=config.num_heads,
@@ -120,10 +118,9 @@ class Block(nnx.Module):
       qk_norm=config.qk_norm,
       norm_epsilon=config.norm_epsilon,
       dtype=config.dtype,
-      shape_invariant=config.shape_invariant,
       rngs=rngs,
     )
-    self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+    self.mlp_norm = _norm(config)
     self.mlp = FeedForward(config, rngs=rngs)
 
   def __call__(
@@ -164,9 +161,7 @@ class Llama(nnx.Module):
       self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
     else:
       self.layers = nnx.List([Block(config, rngs=nnx.Rngs(key)) for key in keys])
-    self.norm = RMSNorm(
-      config.hidden_size, epsilon=config.norm_epsilon, dtype=config.dtype
-    )
+    self.norm = _norm(config)
     self.head = (
       None
       if config.tie_embeddings
@@ -184,17 +179,19 @@ class Llama(nnx.Module):
       ctx: The cache, made for `config.cache_layers()`.
 
     Returns:
-      `[S, vocab_size]` float32 logits after each row's last token (rows that are not in the step
-      hold values without meaning), and the cache with the step's keys and values.
+      `[S, vocab_size]` float32 logits after each row's last token (without meaning for
+      rows that are not in the step), and the cache with the step's keys and values.
     """
     config = self.config
-    # Ids out of range read a row of the table instead of NaN: padding tokens may be anything.
+    # Clipped, because padding tokens may be anything.
     x = self.embedding[...].at[tokens].get(mode="clip")
     rotation = config.rotary(metadata.positions)
-    if config.scan_layers:
+    if isinstance(self.layers, Block):
       graph, weights = nnx.split(self.layers)
 
-      def scan_block(carry, layer_and_weights):
+      def scan_block(
+        carry: tuple[jax.Array, Context], layer_and_weights: tuple[jax.Array, nnx.State]
+      ) -> tuple[tuple[jax.Array, Context], None]:
         layer, weights = layer_and_weights
         block = nnx.merge(graph, weights)
         return block(carry[0], layer, metadata, carry[1], rotation=rotation), None
@@ -206,4 +203,8 @@ class Llama(nnx.Module):
         x, ctx = block(x, layer, metadata, ctx, rotation=rotation)
     last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
     head = self.embedding if self.head is None else self.head
-    return multiply(last, head[...], shape_invariant=config.shape_invariant), ctx
+    return multiply(last, head[...]), ctx
+
+
+def _norm(config: LlamaConfig) -> RMSNorm:
+  return RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=config.dtype)

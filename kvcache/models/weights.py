@@ -1,7 +1,8 @@
 """From the tensors of a checkpoint to a model.
 
-Loaders name tensors their own way; here they have one name each: a role, and for tensors of a
-block its layer. Matrices are `[out, in]` on both sides, so nothing is transposed.
+Loaders name tensors their own way; here they have one name each: a role, and for
+tensors of a block its layer. Matrices are `[out, in]` on both sides, so nothing is
+transposed.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +35,8 @@ _BLOCK_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("mlp", "gate_up", "weight"): ("gate", "up"),
   ("mlp", "down", "weight"): ("down",),
 }
-"""Variable in the model -> roles of the tensors that are joined, first axis, to fill it."""
+"""Variable in the model -> roles of the tensors that are joined, first axis, to fill
+it."""
 
 
 def required_roles(config: LlamaConfig) -> tuple[list[str], list[str]]:
@@ -114,7 +116,9 @@ def build_model(config: LlamaConfig, read: ReadTensor, *, source: str) -> Llama:
       array = _join([read(role, names[1]) for role in _BLOCK_PARTS[names[2:]]])
     if array.shape != variable.shape:
       label = ".".join(map(str, names))
-      raise LoadError(f"{source}: {label} has shape {array.shape}, not {variable.shape}")
+      raise LoadError(
+        f"{source}: {label} has shape {array.shape}, not {variable.shape}"
+      )
     return jnp.asarray(array, variable.dtype)
 
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))

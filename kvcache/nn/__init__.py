@@ -1,15 +1,15 @@
 """Flax NNX layers that take a cache and return it.
 
-A layer owns weights and nothing else; keys and values live in the `Context` that goes in and
-comes out. `as_function` turns a finished module into the plain callable that `kvcache.serve`
-and `kvcache.generate` want.
+A layer owns weights and nothing else; keys and values live in the `Context` that goes
+in and comes out. `as_function` turns a finished module into the plain callable that
+`kvcache.serve` and `kvcache.generate` want.
 """
 
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.functional import as_function
 from kvcache.nn.linear import Linear
 from kvcache.nn.norm import RMSNorm
-from kvcache.nn.rotary import Rotary, apply_rotary, llama3_factors
+from kvcache.nn.rotary import apply_rotary, llama3_factors, Rotary
 
 __all__ = [
   "Linear",

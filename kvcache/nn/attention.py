@@ -1,25 +1,27 @@
 """Self-attention whose keys and values live in a paged cache."""
 
+import functools
+
 from flax import nnx
 import jax
-from jax.typing import DTypeLike
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvcache.attention import attend
 from kvcache.context import Context, write_kv
 from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
 from kvcache.nn.norm import RMSNorm
-from kvcache.nn.rotary import Rotary, apply_rotary
+from kvcache.nn.rotary import apply_rotary, Rotary
 
 
 class PagedAttention(nnx.Module):
   """Grouped-query causal self-attention over the sequences of a `Context`.
 
-  There is no prefill and no decode mode: the metadata says which row of the context each of the
-  step's tokens belongs to, and a token attends to everything its row has stored and to the
-  step's own earlier tokens. The layer writes the step's keys and values into the cache and
-  returns the cache.
+  There is no prefill and no decode mode: the metadata says which row of the context
+  each token of the step belongs to, and a token attends to everything its row has
+  stored and to the row's earlier tokens of the step. The layer writes the step's keys
+  and values into the cache and returns the cache.
 
   Attributes:
     qkv: Joint projection to queries, keys and values, in this order.
@@ -41,7 +43,6 @@ class PagedAttention(nnx.Module):
     qk_norm: bool = False,
     norm_epsilon: float = 1e-5,
     dtype: DTypeLike = jnp.float32,
-    shape_invariant: bool = False,
   ):
     """Makes the layer with random weights.
 
@@ -57,23 +58,23 @@ class PagedAttention(nnx.Module):
       qk_norm: Whether queries and keys are normalised per head (Qwen3).
       norm_epsilon: Epsilon of these norms.
       dtype: Of the weights.
-      shape_invariant: As in `kvcache.nn.linear.multiply`.
     """
     if num_heads % num_kv_heads:
       raise ValueError(
-        f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+        f"num_heads must be a multiple of num_kv_heads, got {num_heads} and"
+        f" {num_kv_heads}"
       )
     self.num_heads = num_heads
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
     self.rotary = rotary
-    kwargs = dict(dtype=dtype, rngs=rngs, shape_invariant=shape_invariant)
+    linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    self.qkv = Linear(features, width, use_bias=use_bias, **kwargs)
-    self.out = Linear(num_heads * head_dim, features, use_bias=use_out_bias, **kwargs)
-    norm = dict(epsilon=norm_epsilon, dtype=dtype)
-    self.q_norm = RMSNorm(head_dim, **norm) if qk_norm else None
-    self.k_norm = RMSNorm(head_dim, **norm) if qk_norm else None
+    self.qkv = linear(features, width, use_bias=use_bias)
+    self.out = linear(num_heads * head_dim, features, use_bias=use_out_bias)
+    norm = functools.partial(RMSNorm, epsilon=norm_epsilon, dtype=dtype)
+    self.q_norm = norm(head_dim) if qk_norm else None
+    self.k_norm = norm(head_dim) if qk_norm else None
 
   def __call__(
     self,
@@ -88,11 +89,12 @@ class PagedAttention(nnx.Module):
 
     Args:
       x: `[T, features]`, one row per token of the step.
-      layer: Which of the context's layers this is; may be traced, for a scan over layers.
+      layer: Which of the context's layers this is; may be traced, for a scan over
+        layers.
       metadata: What the step computes, from `step_metadata`.
       ctx: The cache.
-      rotation: Cosines and sines of the step's positions, if the caller computed them once for
-        all layers; default `rotary(metadata.positions)`.
+      rotation: Cosines and sines of the step's positions, if the caller computed them
+        once for all layers; default `rotary(metadata.positions)`.
 
     Returns:
       `[T, features]` and the cache with this layer's keys and values written.

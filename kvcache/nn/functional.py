@@ -1,10 +1,11 @@
 """A module as a plain function whose arrays are arguments.
 
-A compiled loop must not see a module: every call would walk its attributes in Python (thousands
-of callbacks per step for a deep model) and arrays found by closure would become constants of the
-program. `as_function` walks the module once.
+A compiled loop must not see a module: every call would walk its attributes in Python
+(thousands of callbacks per step for a deep model), and arrays found by closure would
+become constants of the program. `as_function` walks the module once.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax.tree_util import Partial
 def as_function(module: nnx.Module) -> Partial:
   """Returns a callable that does what `module` does and owns its arrays as leaves.
 
-  The result is a pytree: pass it to a jitted function, close a `while_loop` over it, or shard it
-  like any tree of arrays. Its code part is equal for modules of equal structure, so programs
-  compiled for one set of weights serve another one without a new trace. It is a picture of the
-  module at the time of the call: later changes of the module are not seen.
+  The result is a pytree: pass it to a jitted function, close a `while_loop` over it, or
+  shard it like any tree of arrays. Its code part is the same for modules of the same
+  structure, so programs compiled for one set of weights serve another one without a new
+  trace. It is a picture of the module at the time of the call: later changes of the
+  module are not seen.
 
   Args:
     module: A module whose call changes none of its variables.
@@ -33,7 +35,7 @@ def as_function(module: nnx.Module) -> Partial:
 
 
 @functools.lru_cache(maxsize=64)
-def _call_of(graph: nnx.GraphDef, structure: jax.tree_util.PyTreeDef):
+def _call_of(graph: nnx.GraphDef, structure: Any) -> Callable[..., Any]:
   """Makes one function per structure: jit compares functions by identity."""
 
   def call_module(arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:

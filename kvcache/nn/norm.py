@@ -2,15 +2,16 @@
 
 from flax import nnx
 import jax
-from jax.typing import DTypeLike
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 class RMSNorm(nnx.Module):
   """Scales the last axis to unit root mean square, then by learned weights.
 
-  Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. The mean is taken
-  in float32 whatever the input is.
+  Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. The mean
+    is
+  taken in float32 whatever the input is.
 
   Attributes:
     scale: `[features]` learned weights.

@@ -1,7 +1,9 @@
 """Rotary position embedding, with the frequency scalings that Llama models use.
 
-Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. The
-two halves of a head are the two coordinates of its planes (the order of Hugging Face weights).
+Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+  2021.
+The two halves of a head are the two coordinates of its planes (the order of Hugging
+Face weights).
 """
 
 import dataclasses
@@ -19,8 +21,8 @@ class Rotary:
   Attributes:
     head_dim: `D`, even.
     theta: Base of the geometric row of frequencies.
-    factors: One divisor per frequency (`D // 2` of them), or None for the plain row. Every
-      scaling that only changes frequencies can be written this way.
+    factors: One divisor per frequency (`D // 2` of them), or None for the plain row.
+      Every scaling that only changes frequencies can be written so.
   """
 
   head_dim: int
@@ -79,9 +81,9 @@ def llama3_factors(
 ) -> tuple[float, ...]:
   """Returns the divisors of Llama 3's long-context scaling, for `Rotary.factors`.
 
-  Frequencies that turn more than `high_freq_factor` times within the original context stay;
-  those that turn less than `low_freq_factor` times are divided by `factor`; between them the
-  reciprocals blend linearly.
+  Frequencies that turn more than `high_freq_factor` times within the original context
+  stay; those that turn less than `low_freq_factor` times are divided by `factor`;
+  between them the reciprocals blend linearly.
   """
   wavelengths = 2 * math.pi / Rotary(head_dim=head_dim, theta=theta).frequencies
   turns = original_max_position / wavelengths.astype(np.float64)

@@ -23,19 +23,20 @@ def paged_attention(
   """Causal attention of packed, ragged queries over paged keys and values.
 
   One operation for decode, chunked prefill and mixtures: row `s` has the query tokens
-  `cu_seqlens[s]` up to `cu_seqlens[s + 1]`, which are the last of its `seq_lens[s]` tokens.
-  Whatever stands in blocks past a row's length, NaN included, has no influence.
+  `cu_seqlens[s]` up to `cu_seqlens[s + 1]`, which are the last of its `seq_lens[s]`
+  tokens. Whatever stands in blocks past a row's length, NaN included, has no influence.
 
   Args:
     q: `[T, H, D]`.
     k: `[N, K, block_size, D]`, `H` a multiple of `K`.
     v: `[N, K, block_size, D]`.
     block_tables: `[S, P]` int32. Entries past a row's length are ids in range.
-    seq_lens: `[S]` int32. Stored tokens of each row, the query tokens included. Rows of length
-      0 give zeros.
+    seq_lens: `[S]` int32. Stored tokens of each row, the query tokens included. Rows of
+      length 0 give zeros.
     cu_seqlens: `[S + 1]` int32, first entry 0.
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
-    max_query_len: Static bound on the rows' query tokens. 1 with `T == S` is a decode step.
+    max_query_len: Static bound on the rows' query tokens. 1 with `T == S` is a decode
+      step.
     implementation: `"xla"`, or None for the best that can serve.
 
   Returns:

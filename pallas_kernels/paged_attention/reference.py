@@ -1,4 +1,4 @@
-"""Paged attention, obviously: float32, one dense row at a time. For tests, not for speed."""
+"""Paged attention, obviously: float32, one dense row at a time. Not for speed."""
 
 from jax import Array
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def paged_attention(
   *,
   sm_scale: float,
 ) -> Array:
-  """Same contract as `pallas_kernels.paged_attention.paged_attention`, outside of jit."""
+  """Same contract as `paged_attention` of this package, outside of jit."""
   group = q.shape[1] // k.shape[1]
   out = jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32)
   for row in range(block_tables.shape[0]):

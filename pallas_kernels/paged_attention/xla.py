@@ -1,9 +1,10 @@
 """Paged attention in plain XLA operations: runs wherever XLA does.
 
-Queries are cut into tiles of one row each, and every tile walks its row's K/V in tiles of fixed
-size from the first token on with an online softmax. All query tiles walk in step, so the cost is
-that of the longest live row, never of the table's width. The order of every sum depends on a
-row's own length alone: a row's bits do not depend on its neighbours.
+Queries are cut into tiles of one row each, and every tile walks its row's K/V in tiles
+of fixed size from the first token on with an online softmax. All query tiles walk in
+step, so the cost is that of the longest live row, never of the table's width. The order
+of every sum depends on a row's own length alone: a row's bits do not depend on its
+neighbours.
 """
 
 from jax import Array, lax
@@ -40,7 +41,8 @@ def paged_attention(
   blocks_per_tile = max(1, min(_TILE_KV // block_size, max_blocks))
   tile_kv = blocks_per_tile * block_size
 
-  # Query tiles: `rows[i]` is the sequence of tile `i`, `first[i]` its first token in `q`.
+  # Query tiles: `rows[i]` is the sequence of tile `i`, `first[i]` its first token in
+  # `q`.
   query_lens = cu_seqlens[1:] - cu_seqlens[:-1]
   if tile_q == 1 and num_tokens == num_seqs:
     num_tiles = num_seqs
@@ -131,5 +133,3 @@ def _row_of(ends: Array, index: Array) -> Array:
   """Row of each flat index, given the rows' ends; the last row past the end."""
   rows = jnp.searchsorted(ends, index, side="right", method="scan_unrolled")
   return jnp.minimum(rows.astype(jnp.int32), ends.shape[0] - 1)
-
-

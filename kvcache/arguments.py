@@ -1,0 +1,41 @@
+"""Reading the arguments of verbs: what cannot be right is refused at trace time."""
+
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def as_int32(
+  name: str,
+  value: ArrayLike,
+  *,
+  ndim: int | None = None,
+  shape: tuple[int, ...] | None = None,
+) -> Array:
+  """Returns the value as int32; `ValueError` if it is no integer or misshapen."""
+  array = jnp.asarray(value)
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(f"{name} must be integers, got {array.dtype}{list(array.shape)}")
+  if ndim is not None and array.ndim != ndim:
+    raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
+  if shape is not None and array.shape != shape:
+    raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+  return array.astype(jnp.int32)
+
+
+def as_namespaces(namespace: ArrayLike, num: int) -> Array:
+  """Returns `[num]` int32 from one namespace or one for each."""
+  array = as_int32("namespace", namespace)
+  if array.shape not in ((), (num,)):
+    raise ValueError(f"namespace must have shape () or ({num},), got {array.shape}")
+  return jnp.broadcast_to(array, (num,))
+
+
+def as_mask(name: str, value: ArrayLike, size: int) -> Array:
+  """Returns the value if it is `bool[size]`; `ValueError` otherwise."""
+  array = jnp.asarray(value)
+  if array.dtype != bool or array.shape != (size,):
+    raise ValueError(
+      f"{name} must be bool[{size}], got {array.dtype}{list(array.shape)}"
+    )
+  return array

@@ -1,0 +1,207 @@
+"""generate: the host's convenience, `serve` in slices.
+
+Nothing reaches the host within a slice; after each one finished requests are collected
+and a callback can move a progress bar or stream texts.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+from kvcache import observe, sampling
+from kvcache import requests as rq
+from kvcache.context import Context
+from kvcache.errors import Status
+from kvcache.requests import FinishReason, Requests, RequestStatus
+from kvcache.sampling import Sampler, SamplingParams
+from kvcache.scheduler import SchedulerConfig
+from kvcache.serve import Model, serve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """What became of one request.
+
+  Attributes:
+    request_id: Its index among the prompts.
+    prompt_tokens: Its prompt.
+    tokens: The tokens it generated, a stop token included.
+    finish_reason: `"stop"`, `"length"`, `"capacity"` or `"refused"`.
+    status: Why it was refused; `Status.OK` otherwise.
+    num_cached: Prompt tokens found in the cache.
+    num_preemptions: How often it was sent back to wait.
+    logprobs: Log-probabilities of `tokens`, if recorded.
+  """
+
+  request_id: int
+  prompt_tokens: list[int]
+  tokens: list[int]
+  finish_reason: str
+  status: Status
+  num_cached: int
+  num_preemptions: int
+  logprobs: list[float] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice:
+  """How far `generate` is after one slice of work.
+
+  Attributes:
+    num_steps: Model steps so far.
+    num_requests: All requests.
+    num_finished: Requests ended so far.
+    num_tokens: Output tokens so far, of all requests.
+    seconds: Time since the start.
+    stats: `observe.Stats` of the context, on the host.
+    finished: Requests that ended in this slice.
+    running: Output tokens so far of each request that is running, by request id.
+  """
+
+  num_steps: int
+  num_requests: int
+  num_finished: int
+  num_tokens: int
+  seconds: float
+  stats: observe.Stats
+  finished: list[Completion]
+  running: dict[int, list[int]]
+
+
+def generate(
+  model: Model,
+  ctx: Context,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int | Sequence[int] = 128,
+  sampling_params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+  stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+  priority: Sequence[int] | None = None,
+  namespace: Sequence[int] | None = None,
+  logprobs: bool = False,
+  scheduler: SchedulerConfig = SchedulerConfig(),
+  slice_steps: int = 16,
+  on_slice: Callable[[Slice], None] | None = None,
+) -> tuple[Context, list[Completion]]:
+  """Generates from prompts: `serve` in slices, with a look at the progress after each.
+
+  Args:
+    model: The model. If it owns arrays make it a `jax.tree_util.Partial`, so that they
+      are arguments of the compiled loop and not constants in it.
+    ctx: The context. It is donated: use the one returned.
+    prompts: Lists of token ids.
+    max_new_tokens: As in `make_requests`, like the following ones.
+    sampling_params: How tokens are chosen.
+    stop_tokens: Ids that end a request.
+    priority: Higher goes first.
+    namespace: Prefixes are shared within one.
+    logprobs: Whether to record log-probabilities.
+    scheduler: Static settings of the loop.
+    slice_steps: Model steps per slice; nothing reaches the host in between.
+    on_slice: Called after each slice; raise in it to stop.
+
+  Returns:
+    The context after, and one completion per prompt, in order.
+
+  Raises:
+    ValueError: An argument has the wrong length or range.
+  """
+  if slice_steps < 1:
+    raise ValueError(f"slice_steps must be at least 1, got {slice_steps}")
+  requests = rq.make_requests(
+    prompts,
+    max_new_tokens=max_new_tokens,
+    sampling_params=sampling_params,
+    stop_tokens=stop_tokens,
+    priority=priority,
+    namespace=namespace,
+    logprobs=logprobs,
+    capacity=ctx.config.max_tokens_per_seq + 1,
+  )
+  params = (
+    [sampling_params]
+    if isinstance(sampling_params, SamplingParams)
+    else list(sampling_params)
+  )
+  sampler = sampling.choose_sampler(params)
+  if not isinstance(model, jax.tree_util.Partial):
+    model = jax.tree_util.Partial(model)
+  prompts = [list(prompt) for prompt in prompts]
+  reported: dict[int, Completion] = {}
+  start = time.perf_counter()
+  while len(reported) < len(prompts):
+    ctx, requests = _serve_slice(
+      model, ctx, requests, jnp.int32(slice_steps), scheduler=scheduler, sampler=sampler
+    )
+    host = jax.device_get(requests.replace(settings=None))
+    finished = [
+      _completion(host, prompts, i)
+      for i in map(int, np.flatnonzero(host.status == RequestStatus.FINISHED))
+      if i not in reported
+    ]
+    reported |= {completion.request_id: completion for completion in finished}
+    if on_slice is not None:
+      on_slice(
+        Slice(
+          num_steps=int(host.num_steps),
+          num_requests=len(prompts),
+          num_finished=len(reported),
+          num_tokens=int(np.sum(host.lengths - host.prompt_lens)),
+          seconds=time.perf_counter() - start,
+          stats=jax.device_get(_stats(ctx)),
+          finished=finished,
+          running={
+            int(i): _output(host, int(i))
+            for i in np.flatnonzero(host.status == RequestStatus.RUNNING)
+          },
+        )
+      )
+  return ctx, [reported[i] for i in range(len(prompts))]
+
+
+_stats = jax.jit(observe.stats)
+
+
+@functools.partial(
+  jax.jit, donate_argnums=(1, 2), static_argnames=("scheduler", "sampler")
+)
+def _serve_slice(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  max_steps: Array,
+  *,
+  scheduler: SchedulerConfig,
+  sampler: Sampler,
+) -> tuple[Context, Requests]:
+  return serve(
+    model, ctx, requests, scheduler=scheduler, sampler=sampler, max_steps=max_steps
+  )
+
+
+def _output(host: Any, index: int) -> list[int]:
+  return host.tokens[index, host.prompt_lens[index] : host.lengths[index]].tolist()
+
+
+def _completion(host: Any, prompts: list[list[int]], index: int) -> Completion:
+  logprobs = host.logprobs
+  if logprobs is not None:
+    span = slice(host.prompt_lens[index], host.lengths[index])
+    logprobs = logprobs[index, span].tolist()
+  return Completion(
+    request_id=int(index),
+    prompt_tokens=prompts[index],
+    tokens=_output(host, index),
+    finish_reason=FinishReason(host.finish_reason[index]).name.lower(),
+    status=Status(host.refusals[index]),
+    num_cached=int(host.num_cached[index]),
+    num_preemptions=int(host.num_preemptions[index]),
+    logprobs=logprobs,
+  )

@@ -1,0 +1,130 @@
+"""The programs whose memory and traces are tested: every verb, a step, and the loop.
+
+Each is `program(ctx, *arguments) -> ctx` or `(ctx, ...)`, so that all are jitted alike.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+import kvcache
+from kvcache import CacheConfig, Context, Requests, SchedulerConfig, StepMetadata
+
+VOCAB = 32
+MODEL_SCOPE = "toy_model"
+"""Named scope of the model: which instructions of a compiled loop are not the loop's."""
+
+
+def toy_model(
+  tokens: Array, metadata: StepMetadata, ctx: Context
+) -> tuple[Array, Context]:
+  """Writes and reads the cache in each layer, with K/V as the carry of a scan."""
+  config = ctx.config
+  with jax.named_scope(MODEL_SCOPE):
+    shape = (metadata.num_tokens, config.num_kv_heads, config.head_dim)
+    angle = (tokens + metadata.positions).astype(jnp.float32) * 0.1
+    lane = jnp.arange(config.head_dim, dtype=jnp.float32) + 1.0
+    x = jnp.broadcast_to(jnp.sin(angle[:, None] * lane[None])[:, None], shape)
+
+    def layer(carry, index):
+      x, ctx = carry
+      ctx = kvcache.write_kv(ctx, index, x, 0.5 * x, metadata)
+      return (x + kvcache.attend(ctx, index, x, metadata), ctx), None
+
+    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    (x, ctx), _ = jax.lax.scan(layer, (x, ctx), indices)
+    hidden = x.reshape(x.shape[0], -1)[metadata.logits_indices]
+    mix = jnp.cos(jnp.arange(hidden.shape[1] * VOCAB, dtype=jnp.float32))
+    return hidden @ mix.reshape(-1, VOCAB), ctx
+
+
+def decode_step(ctx: Context, query_lens: Array, tokens: Array) -> Context:
+  """The bookkeeping of one decode step."""
+  ctx, _ = kvcache.extend(ctx, query_lens)
+  metadata = kvcache.step_metadata(ctx, query_lens)
+  return kvcache.commit(ctx, tokens, metadata)
+
+
+def mixed_step(
+  ctx: Context, query_lens: Array, order: Array, tokens: Array
+) -> tuple[Context, Array]:
+  """The bookkeeping of one mixed step, and its positions."""
+  size = tokens.shape[0]
+  ctx, _ = kvcache.extend(ctx, query_lens, num_tokens=size, order=order)
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=size)
+  ctx = kvcache.commit(ctx, tokens, metadata, accepted=query_lens)
+  return ctx, metadata.positions
+
+
+def write_all(ctx: Context, query_lens: Array, k: Array) -> Context:
+  """Writes keys and values to every layer, by a loop."""
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=k.shape[0])
+
+  def write(layer: Array, ctx: Context) -> Context:
+    return kvcache.write_kv(ctx, layer, k, k, metadata)
+
+  return jax.lax.fori_loop(0, ctx.config.num_layers, write, ctx)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """A function of a context, and the shapes of its other arguments."""
+
+  run: Callable[..., Any]
+  arguments: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
+  """Every verb that changes a context, by name."""
+  S, A = config.max_seqs, 4
+
+  def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
+  keys = (num_tokens, config.num_kv_heads, config.head_dim)
+  k = jax.ShapeDtypeStruct(keys, config.dtype)
+  abandon = functools.partial(kvcache.finish, keep_prefix=False)
+  shapes = {
+    "admit": (kvcache.admit, ints(A, config.max_seq_len), ints(A)),
+    "fork": (kvcache.fork, ints(A)),
+    "rewind": (kvcache.rewind, ints(S)),
+    "finish": (kvcache.finish, mask),
+    "abandon": (abandon, mask),
+    "reset": (kvcache.reset,),
+    "reset_keep": (functools.partial(kvcache.reset, keep_prefix=True),),
+    "publish": (kvcache.publish,),
+    "evict": (kvcache.evict, ints()),
+    "decode_step": (decode_step, ints(S), ints(S)),
+    "mixed_step": (mixed_step, ints(S), ints(S), ints(num_tokens)),
+    "write_all": (write_all, ints(S), k),
+  }
+  return {
+    name: Program(run=run, arguments=arguments)
+    for name, (run, *arguments) in shapes.items()
+  }
+
+
+def step(
+  ctx: Context, requests: Requests, *, scheduler: SchedulerConfig
+) -> tuple[Context, Requests]:
+  """One step of the loop over the toy model."""
+  return kvcache.step(toy_model, ctx, requests, scheduler)
+
+
+def serve(
+  ctx: Context,
+  requests: Requests,
+  max_steps: Array | None = None,
+  *,
+  scheduler: SchedulerConfig,
+) -> tuple[Context, Requests]:
+  """The loop over the toy model."""
+  return kvcache.serve(
+    toy_model, ctx, requests, scheduler=scheduler, max_steps=max_steps
+  )

@@ -1,0 +1,144 @@
+"""CacheConfig: sizes follow from fields, bytes are true, bad fields are named."""
+
+import dataclasses
+
+from hypothesis import given, strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import kvcache
+from kvcache import AttentionLayer, CacheConfig
+
+LAYER = AttentionLayer(num_kv_heads=2, head_dim=8)
+
+
+def make(**fields):
+  return CacheConfig(**({"layers": (LAYER,) * 3, "num_blocks": 10} | fields))
+
+
+def test_sizes_come_from_the_fields():
+  config = make(block_size=4, max_seqs=5, max_seq_len=30)
+  assert config.num_layers == 3
+  assert (config.num_kv_heads, config.head_dim) == (2, 8)
+  assert config.max_blocks_per_seq == 8  # 30 tokens need 7.5 blocks
+  # 2 (K and V) * 3 layers * 2 heads * 4 tokens * 8 elements * 4 bytes
+  assert config.bytes_per_block == 1536
+  assert config.num_bytes == 10 * 1536
+
+
+@pytest.mark.parametrize(
+  ("num_blocks", "max_seq_len", "tokens"),
+  [(10, 30, 32), (10, 32, 32), (10, 33, 36), (9, 33, 32), (3, 64, 8), (2, 4, 4)],
+)
+def test_the_longest_sequence_fits_its_row_and_the_pool(
+  num_blocks, max_seq_len, tokens
+):
+  config = make(num_blocks=num_blocks, block_size=4, max_seq_len=max_seq_len)
+  assert config.max_tokens_per_seq == tokens
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_bytes_are_those_of_the_arrays(dtype):
+  config = make(block_size=4, max_seqs=3, max_seq_len=20, dtype=dtype)
+  shapes = jax.eval_shape(lambda: kvcache.init(config))
+  assert shapes.kv.k.shape == shapes.kv.v.shape == (3, 10, 2, 4, 8)
+  assert shapes.kv.k.dtype == shapes.kv.v.dtype == config.dtype
+  in_kv, total = (
+    sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    for tree in (shapes.kv, shapes)
+  )
+  assert config.num_bytes == in_kv
+  assert kvcache.bookkeeping_bytes(config) == total - in_kv > 0
+
+
+@pytest.mark.parametrize("index_ways", [1, 3, 16])
+@pytest.mark.parametrize("num_blocks", [2, 16, 17, 1000])
+def test_the_index_has_room_for_every_block(num_blocks, index_ways):
+  config = make(num_blocks=num_blocks, index_ways=index_ways)
+  buckets = config.num_buckets
+  assert buckets & (buckets - 1) == 0
+  assert buckets * index_ways >= 4 * num_blocks > buckets // 2 * index_ways
+  # Compaction leaves at most N entries; N pushes later there must still be room.
+  assert config.queue_size >= 2 * num_blocks
+
+
+def test_configs_are_values():
+  config = make(dtype=jnp.bfloat16)
+  assert config.dtype == np.dtype(ml_dtypes.bfloat16)
+  assert config == make(dtype="bfloat16")
+  assert hash(config) == hash(make(dtype="bfloat16"))
+  assert config != make()
+  assert make(layers=[LAYER, LAYER]).layers == (LAYER, LAYER)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.num_blocks = 3
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"layers": ()}, "layers must name at least one"),
+    ({"layers": (LAYER, "mamba")}, "layers holds 'mamba'"),
+    (
+      {"layers": (LAYER, AttentionLayer(num_kv_heads=1, head_dim=8))},
+      "layers must be alike.*num_kv_heads=1.*num_kv_heads=2",
+    ),
+    ({"num_blocks": 1}, "num_blocks must be at least 2.* got 1"),
+    ({"num_blocks": 4.0}, "num_blocks .* got 4.0"),
+    ({"block_size": 0}, "block_size must be a positive int, got 0"),
+    ({"max_seqs": -1}, "max_seqs must be a positive int, got -1"),
+    ({"max_seq_len": 2.5}, "max_seq_len must be a positive int, got 2.5"),
+    ({"chunk_size": True}, "chunk_size must be a positive int, got True"),
+    ({"index_ways": None}, "index_ways must be a positive int, got None"),
+    ({"dtype": jnp.int8}, "dtype must be a floating type, got int8"),
+    (
+      {"num_blocks": 2**27, "block_size": 16},
+      r"num_blocks \* block_size .*2\*\*31.*134217728 \* 16",
+    ),
+  ],
+)
+def test_bad_fields_are_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    make(**fields)
+
+
+@pytest.mark.parametrize("name", ["num_kv_heads", "head_dim"])
+def test_bad_layers_are_named(name):
+  with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
+    AttentionLayer(**({"num_kv_heads": 1, "head_dim": 1} | {name: 0}))
+
+
+def test_the_largest_addressable_pool_is_accepted():
+  assert make(num_blocks=2**27 - 1, block_size=16).num_blocks == 2**27 - 1
+
+
+# `from_memory`. A block of `SIZES` is 192 bytes.
+
+SIZES = {"layers": [LAYER], "block_size": 3, "dtype": jnp.bfloat16}
+
+
+def test_from_memory_passes_the_other_fields_on():
+  config = CacheConfig.from_memory(2000, max_seqs=7, **SIZES)
+  assert config == CacheConfig(
+    layers=(LAYER,), num_blocks=10, block_size=3, max_seqs=7, dtype=jnp.bfloat16
+  )
+
+
+@given(num_bytes=st.integers(2 * 192, 10**9) | st.floats(2 * 192, 1e9))
+def test_from_memory_takes_all_it_can_and_never_overshoots(num_bytes):
+  config = CacheConfig.from_memory(num_bytes, **SIZES)
+  assert config.num_bytes <= num_bytes < config.num_bytes + config.bytes_per_block
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 0, 191, 2 * 192 - 1])
+def test_from_memory_needs_the_null_block_and_one_more(num_bytes):
+  with pytest.raises(ValueError, match=f"num_bytes={num_bytes} .* 192 bytes"):
+    CacheConfig.from_memory(num_bytes, **SIZES)
+  assert CacheConfig.from_memory(2 * 192, **SIZES).num_blocks == 2
+
+
+def test_from_memory_computes_num_blocks():
+  with pytest.raises(ValueError, match="num_blocks"):
+    CacheConfig.from_memory(10**6, num_blocks=5, **SIZES)
