@@ -155,11 +155,21 @@ def release(
   return pool, is_last
 
 
-def release_exclusive(pool: BlockPool, block_ids: Array, mask: Array) -> BlockPool:
-  """Frees blocks that have one reference and are named once: a cheap `release`."""
+def release_exclusive(pool: BlockPool, block_ids: Array, ranks: Array) -> BlockPool:
+  """Frees blocks that have one reference and are named once: a cheap `release`.
+
+  Args:
+    pool: The pool.
+    block_ids: `[E]` int32. `NULL_BLOCK` is ignored.
+    ranks: `[E]` int32. How many blocks stand before each one in the list.
+  """
+  mask = block_ids != NULL_BLOCK
   to = ragged.masked(block_ids, mask, pool.num_blocks)
-  return push(
-    pool.replace(ref_counts=pool.ref_counts.at[to].set(0, mode="drop")), block_ids, mask
+  at = ragged.masked(pool.num_free + ranks, mask, pool.num_blocks)
+  return pool.replace(
+    free_list=pool.free_list.at[at].set(block_ids, mode="drop"),
+    num_free=pool.num_free + ragged.sum_int(mask),
+    ref_counts=pool.ref_counts.at[to].set(0, mode="drop"),
   )
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import jax
 
 from kvcache.checks import check_invariants
-from kvcache.config import CacheConfig
+from kvcache.config import AttentionLayer, CacheConfig
 from kvcache.context import init
 from kvcache.errors import InvariantError
 from kvcache.generation import Completion, generate
@@ -189,15 +189,16 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
   prompts = _read_prompts(options)
+  _check_sizes(options, num_prompts=len(prompts))
   _check_output(options.json)
   progress = ProgressLine(sys.stderr, enabled=not options.quiet)
   try:
     progress.show("loading the model")
     loaded = _load(options.model)
     encoded = [_encode(loaded, prompt, options) for prompt in prompts]
-    config, scheduler = _configure(options, loaded, prompts, encoded)
+    config = _configure(options, loaded, prompts, encoded)
     progress.show("compiling")
-    return _serve(options, loaded, prompts, encoded, config, scheduler, progress)
+    return _serve(options, loaded, prompts, encoded, config, progress)
   finally:
     progress.clear()
 
@@ -208,7 +209,6 @@ def _serve(
   prompts: list[Prompt],
   encoded: list[list[int]],
   config: CacheConfig,
-  scheduler: SchedulerConfig,
   progress: ProgressLine,
 ) -> int:
   """Serves prompts that are known to fit, and reports."""
@@ -230,7 +230,7 @@ def _serve(
     max_new_tokens=[prompt.max_new_tokens for prompt in prompts],
     sampling_params=[prompt.sampling for prompt in prompts],
     stop_tokens=() if options.ignore_eos else loaded.stop_tokens,
-    scheduler=scheduler,
+    scheduler=SchedulerConfig(token_budget=options.token_budget),
     slice_steps=options.slice_steps,
     on_slice=report.add,
   )
@@ -274,6 +274,26 @@ def _read_prompts(options: argparse.Namespace) -> list[Prompt]:
   if not prompts:
     raise CommandError("no prompts: give some as arguments or with --prompts-file")
   return prompts
+
+
+def _check_sizes(options: argparse.Namespace, *, num_prompts: int) -> None:
+  """Finds out before the model is loaded whether the sizes make sense."""
+  try:
+    CacheConfig(
+      layers=(AttentionLayer(num_kv_heads=1, head_dim=1),),
+      num_blocks=2 if options.num_blocks is None else options.num_blocks,
+      block_size=options.block_size,
+      max_seqs=options.max_seqs,
+    )
+    SchedulerConfig(token_budget=options.token_budget)
+  except ValueError as error:
+    raise CommandError(error) from error
+  at_once = min(options.max_seqs, num_prompts)
+  if options.token_budget < at_once:
+    raise CommandError(
+      f"token_budget must be at least the sequences that run at a time ({at_once}),"
+      f" got {options.token_budget}"
+    )
 
 
 def _check_output(path: str | None) -> None:
@@ -322,32 +342,23 @@ def _configure(
   loaded: "Loaded",
   prompts: list[Prompt],
   encoded: list[list[int]],
-) -> tuple[CacheConfig, SchedulerConfig]:
-  """Returns a cache and a scheduler that can serve every prompt."""
+) -> CacheConfig:
+  """Returns the configuration of a cache that can serve every prompt."""
   wanted = [
     len(tokens) + prompt.max_new_tokens
     for tokens, prompt in zip(encoded, prompts, strict=True)
   ]
   context_len = loaded.config.max_position
-  try:
-    config = CacheConfig(
-      layers=loaded.config.cache_layers(),
-      num_blocks=2 if options.num_blocks is None else options.num_blocks,
-      block_size=options.block_size,
-      max_seqs=min(options.max_seqs, len(prompts)),
-      max_seq_len=min(max(wanted), context_len),
-      dtype=loaded.config.dtype,
-    )
-    scheduler = SchedulerConfig(token_budget=options.token_budget)
-  except ValueError as error:
-    raise CommandError(error) from error
+  config = CacheConfig(
+    layers=loaded.config.cache_layers(),
+    num_blocks=options.num_blocks or 2,
+    block_size=options.block_size,
+    max_seqs=min(options.max_seqs, len(prompts)),
+    max_seq_len=min(max(wanted), context_len),
+    dtype=loaded.config.dtype,
+  )
   if options.num_blocks is None:
     config = dataclasses.replace(config, num_blocks=_default_blocks(config, wanted))
-  if options.token_budget < config.max_seqs:
-    raise CommandError(
-      f"--token-budget must be at least the sequences that run at a time"
-      f" ({config.max_seqs}), got {options.token_budget}"
-    )
   limit = min(config.max_tokens_per_seq, context_len)
   for prompt, tokens in zip(prompts, encoded, strict=True):
     if len(tokens) > limit:
@@ -357,7 +368,7 @@ def _configure(
         f"{prompt.where} has {len(tokens)} tokens, more than the {limit} of {reason}"
       )
   _check_memory(config)
-  return config, scheduler
+  return config
 
 
 def _default_blocks(config: CacheConfig, wanted: list[int]) -> int:

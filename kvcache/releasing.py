@@ -6,15 +6,21 @@ cached and take the careful path, deepest first, so that the eviction ring holds
 children before parents.
 """
 
+import functools
+import math
+
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, sequences
+from kvcache import blocks, prefix, ragged
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
 from kvcache.publishing import Tables
 from kvcache.sequences import SequenceTable
+
+_WINDOW = 16
+_BULK = 16
 
 
 def release(
@@ -34,13 +40,15 @@ def release(
   index = prefix.compact_queue(index, jnp.minimum(num_pushes, index.num_blocks))
   exclusive = jnp.maximum(num_kept, table.num_frozen)
 
-  # Both loops end because every iteration takes at least one block from a row with a
-  # surplus.
-  pool, table = lax.while_loop(
-    lambda state: jnp.any(_count(state[1], exclusive) > 0),
-    lambda state: _release_exclusive(*state, exclusive, num_entries=chunk_size),
-    (pool, table),
-  )
+  # All loops end because every iteration takes blocks from a row with a surplus.
+  for num_entries, at_least in ((_BULK * chunk_size, chunk_size), (chunk_size, 0)):
+    pool, table = lax.while_loop(
+      functools.partial(_has_surplus, num_kept=exclusive, at_least=at_least),
+      functools.partial(
+        _release_exclusive, num_kept=exclusive, num_entries=num_entries
+      ),
+      (pool, table),
+    )
   return lax.while_loop(
     lambda state: jnp.any(_count(state[1], num_kept) > 0),
     lambda state: _release_frozen(
@@ -50,34 +58,62 @@ def release(
   )
 
 
+def _has_surplus(
+  state: tuple[BlockPool, SequenceTable], *, num_kept: Array, at_least: int
+) -> Array:
+  return jnp.sum(_count(state[1], num_kept), dtype=jnp.int32) > at_least
+
+
 def _count(table: SequenceTable, num_kept: Array) -> Array:
   return jnp.maximum(table.num_blocks - num_kept, 0)
 
 
 def _take(
-  table: SequenceTable, counts: Array, num_entries: int
+  table: SequenceTable, num_kept: Array, num_entries: int
 ) -> tuple[SequenceTable, Array, Array]:
-  """Cuts up to `num_entries` blocks off the rows' ends: `(table, block_ids, is_valid)`.
+  """Cuts about `num_entries` blocks off the rows' ends: `(table, block_ids, ranks)`.
 
-  A row's blocks come deepest first. `counts [S]` says how many each row may lose.
+  Works on aligned windows of a few columns, so that finding an entry's row and clearing
+  the table cost little per block. A row's blocks come deepest first; lanes that are not
+  taken hold `NULL_BLOCK`. `ranks` counts the blocks taken before each lane.
   """
-  entries = ragged.expand(counts, num_entries)
-  columns = table.num_blocks[entries.rows] - 1 - entries.offsets
-  block_ids, tables = ragged.read(table.block_tables, entries.rows, columns)
-  table = table.replace(block_tables=tables)
-  block_ids = jnp.where(entries.is_valid, block_ids, NULL_BLOCK)
-  null = jnp.full_like(block_ids, NULL_BLOCK)
-  table = sequences.set_blocks(table, entries.rows, columns, null, entries.is_valid)
-  num_taken = jnp.clip(num_entries - entries.starts, 0, counts)
-  table = table.replace(num_blocks=table.num_blocks - num_taken)
-  return table, block_ids, entries.is_valid
+  width = math.gcd(table.max_blocks_per_seq, _WINDOW)
+  num_windows = max(1, num_entries // width)
+  last = (table.num_blocks + (width - 1)) // width
+  counts = jnp.where(table.num_blocks > num_kept, last - num_kept // width, 0)
+  entries = ragged.expand(counts, num_windows)
+  rows, window = entries.rows, last[entries.rows] - 1 - entries.offsets
+
+  windows = table.block_tables.reshape(table.max_seqs, -1, width)
+  block_ids, windows = ragged.read(windows, rows, window)
+  begin = jnp.maximum(num_kept[rows], window * width)
+  end = jnp.minimum(table.num_blocks[rows], (window + 1) * width)
+  end = jnp.where(entries.is_valid, end, begin)
+  lane = jnp.arange(width, dtype=jnp.int32)[None]
+  columns = (window * width)[:, None] + lane
+  is_taken = (columns >= begin[:, None]) & (columns < end[:, None])
+  to = ragged.masked(rows, entries.is_valid, table.max_seqs)
+  left = jnp.where(is_taken, NULL_BLOCK, block_ids)
+  windows = windows.at[to, window].set(left, mode="drop")
+  num_done = jnp.clip(num_windows - entries.starts, 0, counts)
+  num_left = jnp.maximum((last - num_done) * width, num_kept)
+  table = table.replace(
+    block_tables=windows.reshape(table.block_tables.shape),
+    num_blocks=jnp.where(num_done > 0, num_left, table.num_blocks),
+  )
+  taken = jnp.where(is_taken, block_ids, NULL_BLOCK)[:, ::-1]
+  num_taken = end - begin
+  num_skipped = (window + 1) * width - end
+  ranks = (jnp.cumsum(num_taken) - num_taken - num_skipped)[:, None] + lane
+  return table, taken.reshape(-1), ranks.reshape(-1)
 
 
 def _release_exclusive(
-  pool: BlockPool, table: SequenceTable, num_kept: Array, *, num_entries: int
+  state: tuple[BlockPool, SequenceTable], *, num_kept: Array, num_entries: int
 ) -> tuple[BlockPool, SequenceTable]:
-  table, block_ids, is_valid = _take(table, _count(table, num_kept), num_entries)
-  return blocks.release_exclusive(pool, block_ids, is_valid), table
+  pool, table = state
+  table, block_ids, ranks = _take(table, num_kept, num_entries)
+  return blocks.release_exclusive(pool, block_ids, ranks), table
 
 
 def _release_frozen(
@@ -89,12 +125,12 @@ def _release_frozen(
   num_entries: int,
   keep_prefix: bool,
 ) -> Tables:
-  counts = _count(table, num_kept)
   if not keep_prefix:  # One row at a time, so that a list is one chain.
     row = jnp.arange(table.max_seqs, dtype=jnp.int32)
-    counts = jnp.where(row == jnp.argmax(counts > 0).astype(jnp.int32), counts, 0)
-  table, block_ids, is_valid = _take(table, counts, num_entries)
-  is_cached = ragged.hold(is_valid & index.is_cached(block_ids))
+    first = jnp.argmax(table.num_blocks > num_kept).astype(jnp.int32)
+    num_kept = jnp.where(row == first, num_kept, table.num_blocks)
+  table, block_ids, _ = _take(table, num_kept, num_entries)
+  is_cached = (block_ids != NULL_BLOCK) & index.is_cached(block_ids)
   pool, is_last = blocks.release(pool, block_ids, keep=is_cached)
   stays = is_last & is_cached
   if not keep_prefix:

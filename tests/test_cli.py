@@ -14,10 +14,10 @@ import pytest
 
 from kvcache import AttentionLayer, cli, terminal
 from kvcache.errors import InvariantError, Status
+from kvcache.generation import Completion, generate, Slice
 from kvcache.models import LoadError
 from kvcache.prompts import make_prompt, PromptError, read_lines
 from kvcache.sampling import SamplingParams
-from kvcache.serve import Completion, generate, Slice
 from kvcache.terminal import PoolSample, ProgressLine, Style
 
 ROOT = Path(__file__).parents[1]
@@ -313,7 +313,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     (["--num-blocks", "-5"], "num_blocks must be at least 2"),
     (["--num-blocks", str(2**40)], "num_blocks"),
     (["--token-budget", "0"], "token_budget must be a positive int, got 0"),
-    (["--token-budget", "1"], "--token-budget must be at least the sequences"),
+    (["--token-budget", "1"], "token_budget must be at least the sequences"),
     (["--num-blocks", str(2**27 - 1)], "but this machine has"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
   ],
@@ -322,6 +322,12 @@ def test_impossible_settings(capsys, server, monkeypatch, argv, complaint):
   monkeypatch.setattr(cli.os, "sysconf", lambda name: 2**15)  # a machine with 1 GiB
   assert complaint in refusal(capsys, "generate", "ab", "b", *argv)
   assert server.call is None
+
+
+def test_settings_are_checked_before_the_model_is_loaded(capsys):
+  # There is no stand-in here: the loader would complain about the path.
+  told = refusal(capsys, "generate", "a", "--model", "nowhere", "--block-size", 0)
+  assert "block_size" in told
 
 
 def test_prompts_too_long_for_pool_or_model(capsys, server):

@@ -1,0 +1,163 @@
+"""A toy model whose next token hashes everything it reads back, and its oracle.
+
+Layer 0 keeps each token; layer 1 keeps a fingerprint of all tokens up to it and of the
+namespace it was computed in. Logits hash every fingerprint of the row, read through the
+block table. So a block that is lost, stale, shared with another prefix or namespace, or
+not yet computed changes the tokens that follow. `expected` computes the same in NumPy
+from a request alone: it knows nothing of blocks, rows, steps or neighbours.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+import kvcache
+from kvcache import AttentionLayer, CacheConfig, sampling, SamplingParams
+
+VOCAB = 32
+NEVER = 2**30  # as `max_new_tokens`: only a stop token or the end of memory ends it
+
+
+def config(**sizes) -> CacheConfig:
+  """Makes a configuration for the model."""
+  layer = AttentionLayer(num_kv_heads=1, head_dim=1)
+  return CacheConfig(layers=(layer, layer), **sizes)
+
+
+def fresh(sizes: CacheConfig, **kwargs) -> kvcache.Context:
+  """Makes a context where what was never written is NaN."""
+  ctx = kvcache.init(sizes, **kwargs)
+  return ctx.replace(kv=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), ctx.kv))
+
+
+# The hashes, for NumPy and JAX alike.
+
+
+def _mix(x):
+  x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+  return x ^ (x >> np.uint32(16))
+
+
+def _word(token, position):
+  return _mix(token * np.uint32(0x9E3779B1) + position * np.uint32(0x85EBCA77))
+
+
+def _fingerprint(total, namespace):
+  return _mix(total + namespace * np.uint32(0xC2B2AE3D)) >> np.uint32(12)
+
+
+def _trace(fingerprint, position):
+  return _mix(fingerprint * np.uint32(0x27D4EB2F) + position * np.uint32(0x165667B1))
+
+
+def _scores(total):
+  vocab = np.arange(VOCAB, dtype=np.uint32).reshape((1,) * total.ndim + (VOCAB,))
+  return _mix(_mix(total)[..., None] + vocab * np.uint32(0x9E3779B9)) >> np.uint32(20)
+
+
+def model(tokens, metadata, ctx):
+  """The model: `(tokens [T], metadata, ctx) -> (logits [S, VOCAB], ctx)`."""
+  sizes = ctx.config
+  length = sizes.max_blocks_per_seq * sizes.block_size
+  position = jnp.arange(length, dtype=jnp.uint32)[None]
+  is_stored = position < metadata.seq_lens.astype(jnp.uint32)[:, None]
+
+  def write(ctx, layer, values):
+    values = values.astype(jnp.float32)[:, None, None]
+    return kvcache.write_kv(ctx, layer, values, -values, metadata)
+
+  def read(ctx, layer):
+    pool, _ = ctx.kv.flat()
+    values, k = lax.optimization_barrier(
+      (pool[metadata.block_tables + layer * sizes.num_blocks], ctx.kv.k)
+    )
+    values = jnp.where(is_stored, values.reshape(sizes.max_seqs, length), 0)
+    return values.astype(jnp.uint32), ctx.replace(kv=ctx.kv.replace(k=k))
+
+  stored, ctx = read(write(ctx, 0, tokens), 0)
+  words = jnp.where(is_stored, _word(stored, position), np.uint32(0))
+  sums = jnp.cumsum(words, axis=1)[metadata.seq_ids, metadata.positions]
+  namespaces = ctx.sequences.namespaces[metadata.seq_ids].astype(jnp.uint32)
+  stored, ctx = read(write(ctx, 1, _fingerprint(sums, namespaces)), 1)
+  traces = jnp.where(is_stored, _trace(stored, position), np.uint32(0))
+  scores = _scores(jnp.sum(traces, axis=1, dtype=jnp.uint32))
+  return scores.astype(jnp.float32) / 512.0, ctx
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+  """What a request must get."""
+
+  tokens: list[int]
+  logprobs: list[float]
+  finish_reason: str
+
+
+def expected(
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int | Sequence[int],
+  *,
+  max_tokens_per_seq: int,
+  stop_tokens: Sequence[int] = (),
+  namespaces: Sequence[int] | None = None,
+  params: Sequence[SamplingParams] | None = None,
+) -> list[Expected]:
+  """Computes what each request must get, from itself alone.
+
+  The requests are computed side by side for speed, one NumPy row each.
+  """
+  num = len(prompts)
+  spaces = np.array(namespaces or [0] * num, np.int64).astype(np.uint32)
+  wanted = np.broadcast_to(np.asarray(max_new_tokens, np.int64), num)
+  sums, totals = np.zeros(num, np.uint32), np.zeros(num, np.uint32)
+  lens = np.zeros(num, np.int64)
+  reasons = np.full(num, "refused", dtype=object)
+  prompt_lens = np.array([len(p) for p in prompts])
+  live = (prompt_lens > 0) & (prompt_lens <= max_tokens_per_seq)
+  longest = prompt_lens[live].max(initial=0)
+  table = np.zeros((num, longest), np.uint32)
+  for i in np.flatnonzero(live):
+    table[i, : prompt_lens[i]] = prompts[i]
+
+  def take(tokens, mask):
+    position = lens.astype(np.uint32)
+    sums[mask] += _word(tokens, position)[mask]
+    totals[mask] += _trace(_fingerprint(sums, spaces), position)[mask]
+    lens[mask] += 1
+
+  for column in range(longest):
+    take(table[:, column], live & (column < prompt_lens))
+  outputs, logprobs = [[] for _ in range(num)], [[] for _ in range(num)]
+  settings = sampling.make_settings(params) if params else None
+  while live.any():
+    logits = _scores(totals).astype(np.float32) / np.float32(512)
+    chosen = np.argmax(logits, axis=1)
+    if settings is not None:
+      positions = jnp.asarray(lens, jnp.int32)
+      chosen = np.asarray(_draw(jnp.asarray(logits), settings, positions))
+    log_sum = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    logprob = logits[np.arange(num), chosen] - log_sum
+    for i in np.flatnonzero(live):
+      outputs[i].append(int(chosen[i]))
+      logprobs[i].append(float(logprob[i]))
+    num_new = lens + 1 - prompt_lens
+    # The last token is sampled and never stored, so one more fits than is stored.
+    is_full = live & (lens == max_tokens_per_seq)
+    has_all = live & (num_new >= wanted)
+    stops = live & np.isin(chosen, list(stop_tokens))
+    for reason, mask in (("capacity", is_full), ("length", has_all), ("stop", stops)):
+      reasons[mask] = reason
+      live = live & ~mask
+    take(chosen.astype(np.uint32), live)
+  return [
+    Expected(*row) for row in zip(outputs, logprobs, reasons.tolist(), strict=True)
+  ]
+
+
+_draw = jax.jit(functools.partial(sampling.sample))
