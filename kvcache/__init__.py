@@ -23,21 +23,14 @@ from kvcache.blocks import BlockPool
 from kvcache.checks import check_invariants, checked
 from kvcache.config import AttentionLayer, CacheConfig, NULL_BLOCK
 from kvcache.context import (
-  Admission,
-  admit,
   bookkeeping_bytes,
   commit,
   Context,
   Counters,
   evict,
   extend,
-  find,
-  finish,
-  fork,
   init,
   publish,
-  reset,
-  rewind,
   step_metadata,
   write_kv,
 )
@@ -56,6 +49,7 @@ from kvcache.errors import (
 )
 from kvcache.generation import Completion, generate, Slice
 from kvcache.kv import KVStore
+from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
 from kvcache.metadata import StepMetadata
 from kvcache.observe import Events, events, Stats, stats
 from kvcache.prefix import PrefixIndex

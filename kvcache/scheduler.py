@@ -13,7 +13,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged
+from kvcache import context, lifecycle, ragged
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import (
@@ -110,7 +110,7 @@ def schedule(
   """
   check_budget(ctx, scheduler)
   policy = scheduler.admission
-  ctx, requests = _release_finished(ctx, requests)
+  ctx, requests = _release_finished(context.publish(ctx), requests)
   ctx, requests, num_preempted = _preempt(ctx, requests, scheduler)
   order = policy(ctx, requests)
   ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, num_preempted)
@@ -150,7 +150,7 @@ def needs_block(ctx: Context, mask: Array) -> Array:
 def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Requests]:
   batch = running(ctx, requests)
   done = batch.is_finished
-  ctx = context.finish(ctx, done)
+  ctx = lifecycle.finish_published(ctx, done)
   ids = jnp.where(done, batch.request_ids, requests.num_requests)
   requests = requests.replace(
     status=requests.status.at[ids].set(int(RequestStatus.FINISHED), mode="drop"),
@@ -187,7 +187,7 @@ def _preempt(
     rank = jnp.where(live, policy(ctx, requests)[at], -1)
     victim = jnp.argmax(rank).astype(jnp.int32)
     row = jnp.arange(live.shape[0], dtype=jnp.int32)
-    ctx = context.finish(ctx, live & (row == victim))
+    ctx = lifecycle.finish_published(ctx, live & (row == victim))
     request = batch.request_ids[victim]
     requests = requests.replace(
       status=requests.status.at[request].set(int(RequestStatus.WAITING)),
@@ -221,7 +221,7 @@ def _admit(
   # Every running row may need one block more soon; a lone request may take the whole
   # pool.
   budget = num_available(ctx) - ragged.sum_int(ctx.sequences.is_active)
-  ctx, admission = context.admit(
+  ctx, admission = lifecycle.admit_published(
     ctx,
     prompts,
     jnp.where(waits, 0, lengths),
@@ -299,7 +299,7 @@ def _shares_pending(
   namespaces = requests.namespaces[candidates]
   is_kin = namespaces[:, None] == requests.namespaces[ids][None]
   # A candidate before it may be a hit itself: then there is nothing to wait for.
-  _, cached = context.find(ctx, prompts, lengths, namespace=namespaces)
+  _, cached = lifecycle.find(ctx, prompts, lengths, namespace=namespaces)
   ready = jnp.maximum(cached[:, None], (computed // config.block_size)[None])
   return jnp.any(is_other & is_kin & (shared > ready), axis=1)
 

@@ -50,7 +50,9 @@ def feed(model, ctx, row: int, tokens: list[int], *, num_tokens: int = 16):
     chunk = tokens[start : start + num_tokens]
     query_lens = jnp.zeros(ctx.config.max_seqs, jnp.int32).at[row].set(len(chunk))
     padded = jnp.asarray(chunk + [0] * (num_tokens - len(chunk)), jnp.int32)
-    logits, ctx, status = run_step(model, ctx, padded, query_lens, num_tokens=num_tokens)
+    logits, ctx, status = run_step(
+      model, ctx, padded, query_lens, num_tokens=num_tokens
+    )
     assert int(status[row]) == kvcache.Status.OK
   return np.asarray(logits[row]), ctx
 
@@ -118,6 +120,8 @@ def dense_logits(model: Llama, tokens: list[int]) -> np.ndarray:
     scores /= scores.sum(-1, keepdims=True)
     attended = np.einsum("hqk,khd->qhd", scores, v).reshape(len(tokens), -1)
     x = x + attended @ get("attention", "out", "weight").T
+    if config.attention_out_bias:
+      x = x + get("attention", "out", "bias")
     hidden = norm(x, get("mlp_norm", "scale")) @ get("mlp", "gate_up", "weight").T
     gate, up = np.split(hidden, 2, axis=-1)
     x = x + (gate / (1 + np.exp(-gate)) * up) @ get("mlp", "down", "weight").T

@@ -7,6 +7,7 @@ is a list. Everything is predicted but the block ids: compare up to renaming.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 
@@ -34,6 +35,7 @@ class Row:
   tokens: list[int] = dataclasses.field(default_factory=list)
   blocks: list[Block] = dataclasses.field(default_factory=list)
   num_published: int = 0
+  is_sealed: bool = False  # publishes no more, because the index had no place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ReferenceCache:
     self.num_free = self.num_usable
     self._serials = itertools.count(1)
     self.counters = self._zeros()
+    self.seen = collections.Counter()  # what a walk came across, for its own test
 
   def _zeros(self):
     names = "num_admitted prompt_tokens hit_tokens num_complete num_cut num_evicted"
@@ -85,7 +88,8 @@ class ReferenceCache:
 
   def num_pending(self):
     """Full blocks of live rows that `publish` has not seen."""
-    return sum(self._num_full(row) - row.num_published for row in self.rows)
+    rows = [row for row in self.rows if not row.is_sealed]
+    return sum(self._num_full(row) - row.num_published for row in rows)
 
   def room(self, s):
     """Tokens that fit into the blocks which row `s` owns already."""
@@ -110,6 +114,7 @@ class ReferenceCache:
   def _adopt(self, block):
     if block.refs == 0:
       self.lru.remove(block)
+      self.seen["adopted while evictable"] += 1
     block.refs += 1
 
   def _release(self, block, *, keep_prefix=True):
@@ -149,19 +154,23 @@ class ReferenceCache:
   def publish(self):
     """Indexes all full blocks; a row whose block is there already swaps to it."""
     for row in self.rows:
-      for column in range(row.num_published, self._num_full(row)):
-        end = (column + 1) * self.block_size
-        prefix = (row.namespace, tuple(row.tokens[:end]))
-        mine, known = row.blocks[column], self.index.get(prefix)
-        if known is None:
-          mine.prefix = prefix
-          self.index[prefix] = mine
-        else:
-          assert known is not mine
-          self._adopt(known)
-          row.blocks[column] = known
-          self._release(mine)
-      row.num_published = self._num_full(row)
+      if not row.is_sealed:
+        for column in range(row.num_published, self._num_full(row)):
+          self._publish_block(row, column)
+        row.num_published = self._num_full(row)
+
+  def _publish_block(self, row, column):
+    prefix = (row.namespace, tuple(row.tokens[: (column + 1) * self.block_size]))
+    mine, known = row.blocks[column], self.index.get(prefix)
+    if known is None:
+      mine.prefix = prefix
+      self.index[prefix] = mine
+    else:
+      assert known is not mine
+      self._adopt(known)
+      row.blocks[column] = known
+      self._release(mine)
+      self.seen["swap"] += 1
 
   def admit(self, prompts, *, lengths, width, namespaces, block_budget=None):
     """Takes a row for each prompt; returns `(seq_id, num_cached, status)` of each.
@@ -331,6 +340,7 @@ class ReferenceCache:
       tokens=list(row.tokens),
       blocks=shared + last,
       num_published=row.num_published,
+      is_sealed=row.is_sealed,
     )
 
   def rewind(self, num_tokens):
@@ -376,8 +386,10 @@ class ReferenceCache:
     if copy is not None:
       self._release(row.blocks[-1])
       row.blocks[-1] = copy
+      self.seen["copy on rewind"] += 1
     del row.tokens[new_len:]
     row.num_published = min(row.num_published, self._num_full(row))
+    row.is_sealed = False
 
   def finish(self, mask, *, keep_prefix=True):
     """Empties the masked rows."""

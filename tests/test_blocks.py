@@ -103,18 +103,15 @@ def test_release_is_right_for_every_list_of_ids(pool):
   for ids, refs, height, stack, last in zip(
     lists, pools.ref_counts, pools.num_free, pools.free_list, is_last, strict=True
   ):
-    want, want_last = {1: 2, 2: 1, 3: 1}, [False] * 4
-    for i, block in enumerate(ids):
-      if want.get(block, 0):
+    want = {1: 2, 2: 1}
+    for block in ids:
+      if want.get(block):
         want[block] -= 1
-      if block in (1, 2) and not want[block]:
-        want_last = [ids[j] == block and i == j or x for j, x in enumerate(want_last)]
-    # The mark is on the last occurrence, also of more occurrences than references.
-    want_last = [False] * 4
-    for block in (1, 2):
-      if not want[block]:
-        want_last[max(i for i, other in enumerate(ids) if other == block)] = True
-    assert refs.tolist() == [0, want[1], want[2], want[3], 0, 0, 0], ids
+    # The mark is on the last occurrence, even past the block's last reference.
+    want_last = [
+      want.get(block) == 0 and block not in ids[i + 1 :] for i, block in enumerate(ids)
+    ]
+    assert refs.tolist() == [0, want[1], want[2], 1, 0, 0, 0], ids
     assert last.tolist() == want_last, ids
     freed = {1} if not want[1] else set()
     assert set(stack[:height]) == {4, 5, 6} | freed and height == 3 + len(freed), ids

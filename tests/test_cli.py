@@ -1,7 +1,6 @@
 """Tests of the command line: what it prints, what it refuses, how it ends."""
 
 import inspect
-import io
 import json
 from pathlib import Path
 import signal
@@ -12,24 +11,13 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from kvcache import AttentionLayer, cli, terminal
+from kvcache import AttentionLayer, cli
 from kvcache.errors import InvariantError, Status
 from kvcache.generation import Completion, generate, Slice
 from kvcache.models import LoadError
-from kvcache.prompts import make_prompt, PromptError, read_lines
 from kvcache.sampling import SamplingParams
-from kvcache.terminal import PoolSample, ProgressLine, Style
 
 ROOT = Path(__file__).parents[1]
-DEFAULTS = {
-  "system": None,
-  "max_new_tokens": 9,
-  "temperature": 0.0,
-  "top_k": 0,
-  "top_p": 1.0,
-  "min_p": 0.0,
-  "seed": 0,
-}
 
 
 class Letters:
@@ -287,14 +275,6 @@ def test_files_that_cannot_be_read(capsys, server, tmp_path):
   assert "is not UTF-8" in refusal(capsys, "generate", "--prompts-file", binary)
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
-  file = tmp_path / "prompts.jsonl"
-  file.write_bytes(
-    b'\xef\xbb\xbf"a"\r\n"b\xe2\x80\xa8c"'
-  )  # and a line separator inside
-  assert [entry for _, entry in read_lines(file)] == ["a", "b\u2028c"]
-
-
 @pytest.mark.parametrize(
   ("argv", "complaint"),
   [
@@ -404,25 +384,6 @@ def test_demo_serves_its_prompts_in_a_small_pool(capsys, server):
   assert server.call["ctx"].config.max_seqs < len(prompts)
 
 
-def test_demo_prompts_share_a_long_system_prompt():
-  prompts = [
-    make_prompt(entry, where=where, defaults=DEFAULTS)
-    for where, entry in read_lines(ROOT / "examples/prompts/demo.jsonl")
-  ]
-  systems = [prompt.system for prompt in prompts]
-  shared = max((system for system in systems if system), key=systems.count)
-  assert len(prompts) >= 16
-  assert systems.count(shared) >= 12
-  assert len(shared.split()) >= 150  # and no fewer tokens
-  assert len({prompt.text for prompt in prompts}) == len(prompts)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples/prompts").glob("*.jsonl")))
-def test_example_prompts_are_valid(path):
-  for where, entry in read_lines(path):
-    make_prompt(entry, where=where, defaults=DEFAULTS)
-
-
 # --- The process ----------------------------------------------------------------------
 
 
@@ -503,100 +464,3 @@ def test_the_real_demo():
   assert (done.returncode, done.stderr) == (0, "")
   assert "invariants: all hold" in done.stdout
   assert "208 of" in done.stdout  # the shared system prompt was found
-
-
-# --- prompts --------------------------------------------------------------------------
-
-
-def test_a_prompt_overrides_the_defaults():
-  entry = {"prompt": "p", "max_new_tokens": 2, "temperature": 1, "top_k": 4, "seed": 5}
-  prompt = make_prompt(entry, where="here", defaults=DEFAULTS)
-  assert (prompt.text, prompt.max_new_tokens) == ("p", 2)
-  assert prompt.sampling == SamplingParams(temperature=1, top_k=4, seed=5)
-  assert make_prompt("p", where="here", defaults=DEFAULTS).max_new_tokens == 9
-
-
-def test_bytes_that_are_no_text_are_refused():
-  with pytest.raises(PromptError, match="prompt 1: prompt is not valid Unicode"):
-    make_prompt("a\udcff", where="prompt 1", defaults=DEFAULTS)
-
-
-# --- terminal -------------------------------------------------------------------------
-
-SAMPLES = [
-  PoolSample(step=2, used=4, cached=0),
-  PoolSample(step=4, used=4, cached=4),
-  PoolSample(step=8, used=0, cached=2),
-]
-
-
-class Screen(io.StringIO):
-  encoding = "utf-8"
-
-  def isatty(self):
-    return True
-
-
-def test_chart_shows_used_cached_and_free():
-  chart = terminal.pool_chart(SAMPLES, num_blocks=8, style=Style(width=12), height=4)
-  assert chart.splitlines() == [
-    " 8 |...++++.",
-    "   |...++++.",
-    "   |.######.",
-    "   |.######+",
-    " 0 +--------",
-    "    0 step 8",
-    "    ## used   ++ cached   .. free",
-  ]
-
-
-def test_chart_of_nothing_is_empty():
-  chart = terminal.pool_chart([], num_blocks=3, style=Style(width=12), height=1)
-  assert chart.splitlines()[0] == " 3 |........"
-
-
-def test_chart_fits_the_terminal():
-  for width in (10, 40, 200):
-    style = Style(width=width, color=False, unicode=True)
-    chart = terminal.pool_chart(SAMPLES, num_blocks=1000, style=style)
-    assert max(map(len, chart.splitlines()[:-1])) <= max(width, 15)
-
-
-def test_sparkline_goes_from_nothing_to_the_top():
-  assert terminal.sparkline([0, 4, 8, 99], top=8, style=Style(unicode=True)) == " ▄██"
-  assert terminal.sparkline([0, 8], top=8, style=Style()) == " @"
-  assert terminal.sparkline([1], top=0, style=Style()) == " "
-
-
-def test_colours_only_where_wanted(monkeypatch):
-  for name in ("NO_COLOR", "TERM"):
-    monkeypatch.delenv(name, raising=False)
-  assert Style.of(Screen()).paint("x", "used") == "\x1b[36mx\x1b[0m"
-  assert Style.of(io.StringIO()).paint("x", "used") == "x"
-  monkeypatch.setenv("NO_COLOR", "1")
-  assert Style.of(Screen()).paint("x", "used") == "x"
-  monkeypatch.delenv("NO_COLOR")
-  monkeypatch.setenv("TERM", "dumb")
-  assert not Style.of(Screen()).color
-
-
-def test_glyphs_follow_the_encoding():
-  assert Style.of(Screen()).unicode
-  assert not Style.of(io.TextIOWrapper(io.BytesIO(), encoding="latin-1")).unicode
-
-
-def test_progress_is_one_line_on_a_terminal_only(monkeypatch):
-  monkeypatch.setenv("COLUMNS", "10")
-  screen = Screen()
-  line = ProgressLine(screen)
-  line.show("0123456789abc")
-  line.clear()
-  line.clear()
-  assert screen.getvalue() == "\r\x1b[K012345678\r\x1b[K"
-  for silent in (
-    ProgressLine(io.StringIO()),
-    ProgressLine(Screen(), enabled=False),
-  ):
-    silent.show("x")
-    silent.clear()
-    assert silent.stream.getvalue() == ""

@@ -25,6 +25,7 @@ FLOORS = (
   PARTS,
   {"metadata", "publishing", "releasing"},
   {"context"},
+  {"lifecycle"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"scheduler"},
   {"serve"},

@@ -24,12 +24,14 @@ BASE = LlamaConfig(
 )
 VARIANTS = {
   "llama": {},
-  "tied": {"tie_embeddings": True},
   "mha": {"num_kv_heads": 4},
   "qwen2": {"attention_bias": True, "tie_embeddings": True},
-  "qwen3": {"qk_norm": True, "head_dim": 4, "rope_theta": 1e6},
-  "out_bias": {"attention_bias": True, "attention_out_bias": True},
-  "scaled": {"rope_factors": (1.0, 1.0, 2.0, 8.0)},
+  "qwen3": {"qk_norm": True, "head_dim": 4, "rope_theta": 1e6, "scan_layers": False},
+  "scaled": {
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "rope_factors": (1.0, 1.0, 2.0, 8.0),
+  },
 }
 PROMPT = np.random.default_rng(5).integers(0, 40, 30).tolist()
 
@@ -40,13 +42,14 @@ def make(config: LlamaConfig, *, seed: int = 0) -> Llama:
   graph, state = nnx.split(model)
   rng = np.random.default_rng(seed)
 
-  def draw(leaf: jax.Array) -> jax.Array:
-    is_matrix = leaf.ndim - config.scan_layers >= 2
-    scale = leaf.shape[-1] ** -0.5 if is_matrix else 0.3
+  def draw(path, leaf: jax.Array) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    is_matrix = "scale" not in name and "bias" not in name
+    scale = 2 * leaf.shape[-1] ** -0.5 if is_matrix else 0.3
     values = rng.standard_normal(leaf.shape) * scale + (0.0 if is_matrix else 1.0)
     return jnp.asarray(values, leaf.dtype)
 
-  return nnx.merge(graph, jax.tree.map(draw, state))
+  return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def unstacked(model: Llama) -> Llama:
@@ -63,10 +66,9 @@ def unstacked(model: Llama) -> Llama:
   return twin
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unroll"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_the_dense_model(variant, scan_layers):
-  config = dataclasses.replace(BASE, **VARIANTS[variant], scan_layers=scan_layers)
+def test_logits_equal_the_dense_model(variant):
+  config = dataclasses.replace(BASE, **VARIANTS[variant])
   model = make(config)
   expected = dense_logits(model, PROMPT)
   function, ctx = as_function(model), context_for(config)
@@ -145,7 +147,7 @@ def test_generate_equals_the_loop_by_hand():
     function, context_for(config), [PROMPT[:7]], max_new_tokens=10
   )
   assert done[0].tokens == expected
-  assert len(set(expected)) > 2
+  assert len(set(expected)) > 2, "a model that repeats itself tests nothing"
 
 
 def test_bfloat16_weights_give_float32_logits_close_to_float32():
@@ -183,11 +185,16 @@ def step_jaxpr(config: LlamaConfig, *, num_tokens: int | None):
   )(function, ctx, tokens, jnp.ones(2, jnp.int32))
 
 
+def is_jaxpr(value) -> bool:
+  return hasattr(value, "eqns")
+
+
 def equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
-    for inner in jax.core.jaxprs_in_params(equation.params):
-      yield from equations(inner)
+    for value in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+      if is_jaxpr(value):
+        yield from equations(getattr(value, "jaxpr", value))
 
 
 def test_only_last_tokens_reach_the_output_matrix():

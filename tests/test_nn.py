@@ -195,10 +195,14 @@ def test_paged_attention_equals_dense_attention(kwargs):
   out, ctx, _ = run_step(model, ctx, tokens, lens, num_tokens=16)
   got = {a: list(np.asarray(out[:9])), b: list(np.asarray(out[9:15]))}
   for step in range(4):
-    rest = {row: r[step] for row, r in ((a, first[9:]), (b, second[6:])) if step < len(r)}
+    rest = {
+      row: r[step] for row, r in ((a, first[9:]), (b, second[6:])) if step < len(r)
+    }
     lens = jnp.zeros(3, jnp.int32).at[jnp.asarray(list(rest))].set(1)
-    tokens = jnp.zeros(3, jnp.int32).at[jnp.asarray(list(rest))].set(
-      jnp.asarray(list(rest.values()), jnp.int32)
+    tokens = (
+      jnp.zeros(3, jnp.int32)
+      .at[jnp.asarray(list(rest))]
+      .set(jnp.asarray(list(rest.values()), jnp.int32))
     )
     out, ctx, _ = run_step(model, ctx, tokens, lens, num_tokens=None)
     for row in rest:
@@ -213,7 +217,9 @@ def test_paged_attention_writes_its_own_layer_only():
   ctx, row, _ = admit(ctx, [1, 2, 3])
   lens = jnp.zeros(3, jnp.int32).at[row].set(3)
   model = attend_step(make_attention(), normal(5, 12), layer=1)
-  _, ctx, _ = run_step(model, ctx, jnp.arange(16, dtype=jnp.int32) % 5, lens, num_tokens=16)
+  _, ctx, _ = run_step(
+    model, ctx, jnp.arange(16, dtype=jnp.int32) % 5, lens, num_tokens=16
+  )
   written = [np.count_nonzero(np.asarray(ctx.kv.k[layer]).any(-1)) for layer in (0, 1)]
   assert written == [0, 3 * 2]  # tokens times kv heads
 

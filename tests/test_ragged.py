@@ -90,7 +90,7 @@ def test_masked_entries_point_one_past_the_end():
 
 def test_hold_and_read_change_no_value():
   array, index = ints([7, 8, 9]), ints([2, 0])
-  assert ragged.hold(array) is not None
+  assert ragged.hold(array).tolist() == [7, 8, 9]
   assert [x.tolist() for x in ragged.hold(array, index)] == [[7, 8, 9], [2, 0]]
   values, after = ragged.read(array, index)
   assert values.tolist() == [9, 7] and after.tolist() == [7, 8, 9]

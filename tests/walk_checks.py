@@ -1,7 +1,7 @@
 """What a context must satisfy, in NumPy: its invariants, the oracle's view, the K/V.
 
-Everything here takes contexts copied to the host with `jax.device_get`, and is written
-without a look at `kvcache.check_invariants`.
+Everything here takes contexts copied with `to_host`, and is written without a look at
+`kvcache.check_invariants`.
 """
 
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 
 import kvcache
 from kvcache import CacheConfig, Context
-from tests.reference import Prefix, ReferenceCache
+from tests.reference import Block, Prefix, ReferenceCache
 
 PRINT_BITS = 22  # fingerprints are whole numbers that float32 holds exactly
 
@@ -143,7 +143,7 @@ def check_oracle(host: Context, oracle: ReferenceCache) -> None:
     "num_blocks": [len(row.blocks) for row in oracle.rows],
     "num_published": [row.num_published for row in oracle.rows],
     "namespaces": [row.namespace for row in oracle.rows],
-    "is_sealed": [False] * len(oracle.rows),
+    "is_sealed": [row.is_sealed for row in oracle.rows],
   }
   for name, values in wanted.items():
     assert getattr(rows, name).tolist() == values, (name, getattr(rows, name), values)
@@ -175,6 +175,30 @@ def check_oracle(host: Context, oracle: ReferenceCache) -> None:
     assert (block_id in prefixes) == (block.prefix is not None), "cached or not"
   queue = [prefixes[block_id] for block_id in evictable_blocks(host)]
   assert queue == oracle.lru_prefixes(), "the order of eviction"
+
+
+def follow(oracle: ReferenceCache, host: Context) -> None:
+  """Makes the oracle what a `publish` left that had no place for every block.
+
+  Which blocks found a place is the context's to say. Asserts what holds in any case:
+  tokens and lengths stay, and a row that did not publish all of its blocks is sealed.
+  """
+  prefixes, refs = cached_prefixes(host), host.pool.ref_counts.tolist()
+  twins = {
+    block: Block(serial=block, refs=refs[block], prefix=prefixes.get(block))
+    for block in range(1, len(refs))
+  }
+  rows, tables = host.sequences, host.sequences.block_tables.tolist()
+  for s, row in enumerate(oracle.rows):
+    assert len(row.blocks) == rows.num_blocks[s], "num_blocks"
+    num_full = len(row.tokens) // oracle.block_size
+    assert rows.is_sealed[s] or rows.num_published[s] == num_full, "not published"
+    row.blocks = [twins[block] for block in tables[s][: len(row.blocks)]]
+    row.num_published = rows.num_published[s]
+    row.is_sealed = rows.is_sealed[s]
+  oracle.index = {prefix: twins[block] for block, prefix in prefixes.items()}
+  oracle.lru = [twins[block] for block in evictable_blocks(host)]
+  oracle.num_free = int(host.pool.num_free)
 
 
 def check_metadata(metadata, queries, effective, num_tokens, is_decode, before) -> None:
@@ -288,7 +312,7 @@ def check_untouched(before: Context, after: Context) -> None:
 
 
 def to_host(tree):
-  """Copies a pytree of arrays to NumPy; quicker than `device_get` for many small ones."""
+  """Makes NumPy arrays of a pytree; quicker than `jax.device_get` for many."""
   return jax.tree.map(np.asarray, tree)
 
 

@@ -24,6 +24,8 @@ class WalkConfig:
   phases: tuple[str, ...] = ("fill", "decode", "crowd", "speculate", "churn")
   prompt_blocks: int = 3  # blocks of the prompts that are shared
 
+  is_cramped: bool = False  # the index has no place for every block: rows get sealed
+
   @property
   def width(self) -> int:
     """Columns of the prompts: one more than the widest row can hold."""
@@ -66,6 +68,21 @@ CONFIGS = {
     vocab=2,
   ),
 }
+
+CONFIGS["cramped"] = WalkConfig(
+  cache=_cache(
+    num_blocks=24,
+    block_size=2,
+    max_seqs=5,
+    max_seq_len=12,
+    chunk_size=4,
+    index_ways=1,
+  ),
+  num_tokens=8,
+  vocab=2,
+  phases=("fill", "crowd", "speculate", "churn"),
+  is_cramped=True,
+)
 
 # What a phase does, and how often. A name with "+" is a sequence of transitions.
 PHASES = {
@@ -111,13 +128,19 @@ PHASES = {
 }
 
 
+_PUBLISHING = {"admit", "admit_within", "fork", "finish", "reset_keep"}
+
+
 def script(config: WalkConfig, rng: np.random.Generator) -> Iterator[str]:
   """Yields names of transitions for ever, in phases, whatever the cache says."""
   while True:
     weights = PHASES[str(rng.choice(config.phases))]
     names, odds = list(weights), np.array(list(weights.values()))
     for _ in range(rng.integers(8, 40)):
-      yield from str(rng.choice(names, p=odds / odds.sum())).split("+")
+      for name in str(rng.choice(names, p=odds / odds.sum())).split("+"):
+        if config.is_cramped and name in _PUBLISHING:
+          yield "publish"  # on its own, so that the oracle can follow what came of it
+        yield name
 
 
 class Proposer:

@@ -1,0 +1,325 @@
+"""Sequences come and go: admit, find, fork, rewind, finish and reset."""
+
+import flax.struct
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kvcache import arguments, blocks, kv, prefix, ragged, releasing, sequences
+from kvcache.config import NULL_BLOCK
+from kvcache.context import Context, init, publish, total
+from kvcache.errors import Status
+
+
+class Admission(flax.struct.PyTreeNode, kw_only=True):
+  """What became of each prompt of one `admit`.
+
+  Attributes:
+    seq_ids: `[A]` int32. The prompt's row, -1 if refused.
+    num_cached: `[A]` int32. Leading tokens already computed, a multiple of the block
+      size.
+    status: `[A]` int32 `Status`.
+  """
+
+  seq_ids: Array
+  num_cached: Array
+  status: Array
+
+
+def admit(
+  ctx: Context,
+  tokens: ArrayLike,
+  lengths: ArrayLike,
+  *,
+  namespace: ArrayLike = 0,
+  block_budget: ArrayLike | None = None,
+) -> tuple[Context, Admission]:
+  """Gives each prompt a row that starts with its longest cached prefix.
+
+  A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be
+  computed to have logits. Prompts of one call do not see each other's tokens: nothing
+  is computed yet. Prompts are served in order; the row is the lowest one free.
+
+  Args:
+    ctx: The context.
+    tokens: `[A, max_len]` int32, padded with anything.
+    lengths: `[A]` int32.
+    namespace: `[]` or `[A]` int32. Prefixes are shared within a namespace only: a
+      tenant, a LoRA adapter.
+    block_budget: `[]` int32. Admits only while the blocks that the prompts will take
+      from the free and the evictable ones add up to at most this; no limit if omitted.
+      `admit` itself takes no free block, `extend` does.
+
+  Returns:
+    The context after, and the `Admission`. Refused with `TOO_LONG`: more blocks than a
+    row or the pool has; `EMPTY`; `INVALID`: longer than `max_len`; `NO_ROW`;
+    `NO_BLOCKS`: past `block_budget`.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit.
+  """
+  return admit_published(
+    publish(ctx), tokens, lengths, namespace=namespace, block_budget=block_budget
+  )
+
+
+def admit_published(
+  ctx: Context,
+  tokens: ArrayLike,
+  lengths: ArrayLike,
+  *,
+  namespace: ArrayLike = 0,
+  block_budget: ArrayLike | None = None,
+) -> tuple[Context, Admission]:
+  """`admit` without its `publish`, for a caller that has just published."""
+  config = ctx.config
+  tokens = arguments.as_int32("tokens", tokens, ndim=2)
+  num_prompts, max_len = tokens.shape
+  lengths = arguments.as_int32("lengths", lengths, shape=(num_prompts,))
+  namespaces = arguments.as_namespaces(namespace, num_prompts)
+
+  pool, table, index = ctx.tables
+  status = jnp.full(num_prompts, Status.OK, jnp.int32)
+  status = jnp.where(lengths > max_len, Status.INVALID, status)
+  status = jnp.where(lengths > config.max_tokens_per_seq, Status.TOO_LONG, status)
+  status = jnp.where(lengths <= 0, Status.EMPTY, status)
+  has_tokens = status == Status.OK
+
+  num_full = jnp.where(has_tokens, (lengths - 1) // config.block_size, 0)
+  block_ids, num_hits = _find(ctx, tokens, num_full, namespaces)
+
+  rank = ragged.ranks(has_tokens)
+  has_row = has_tokens & (rank < ragged.sum_int(~table.is_active))
+  status = jnp.where(has_tokens & ~has_row, Status.NO_ROW, status)
+  if block_budget is not None:
+    num_held = jnp.sum(pool.ref_counts[block_ids] > 0, axis=1, dtype=jnp.int32)
+    need = (lengths + (config.block_size - 1)) // config.block_size - num_held
+    budget = arguments.as_int32("block_budget", block_budget, shape=())
+    _, fits = ragged.first_come(jnp.where(has_row, need, 0), budget)
+    status = jnp.where(fits, status, Status.NO_BLOCKS)
+  status = status.astype(jnp.int32)
+  ok = status == Status.OK
+  rows = sequences.inactive_rows(table, num_prompts)[ragged.ranks(ok)]
+  rows = ragged.masked(rows, ok, config.max_seqs)
+  block_ids = jnp.where(ok[:, None], block_ids, NULL_BLOCK)
+  num_hits = jnp.where(ok, num_hits, 0)
+
+  adopted = block_ids.reshape(-1)
+  pool = blocks.share(pool, adopted)
+  index = prefix.dequeue(index, adopted)
+  num_cached = num_hits * config.block_size
+  table = sequences.start(
+    table,
+    rows,
+    block_ids=block_ids,
+    num_blocks=num_hits,
+    seq_lens=num_cached,
+    namespaces=namespaces,
+    num_published=num_hits,
+    num_frozen=num_hits,
+    is_sealed=jnp.zeros_like(ok),
+  )
+  counters = ctx.counters
+  counters = counters.replace(
+    num_admitted=counters.num_admitted + total(ok),
+    prompt_tokens=counters.prompt_tokens + total(jnp.where(ok, lengths, 0)),
+    hit_tokens=counters.hit_tokens + total(num_cached),
+    num_complete=counters.num_complete + total(ok & (num_hits == num_full)),
+    num_cut=counters.num_cut + total(ok & (num_hits < num_full)),
+  )
+  ctx = ctx.with_tables((pool, table, index)).replace(counters=counters)
+  seq_ids = jnp.where(ok, rows, -1)
+  return ctx, Admission(seq_ids=seq_ids, num_cached=num_cached, status=status)
+
+
+def find(
+  ctx: Context, tokens: ArrayLike, lengths: ArrayLike, *, namespace: ArrayLike = 0
+) -> tuple[Array, Array]:
+  """Finds the published prefix that each prompt would adopt if it were admitted.
+
+  Args:
+    ctx: The context.
+    tokens: `[A, max_len]` int32.
+    lengths: `[A]` int32.
+    namespace: `[]` or `[A]` int32.
+
+  Returns:
+    `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids of each row are
+    cached blocks, the others `NULL_BLOCK`.
+  """
+  tokens = arguments.as_int32("tokens", tokens, ndim=2)
+  lengths = arguments.as_int32("lengths", lengths, shape=(tokens.shape[0],))
+  namespaces = arguments.as_namespaces(namespace, tokens.shape[0])
+  num_full = jnp.maximum(lengths - 1, 0) // ctx.config.block_size
+  return _find(ctx, tokens, num_full, namespaces)
+
+
+def _find(
+  ctx: Context, tokens: Array, num_full: Array, namespaces: Array
+) -> tuple[Array, Array]:
+  config, (num_prompts, max_len) = ctx.config, tokens.shape
+  num_columns = max(1, min(max_len // config.block_size, config.max_blocks_per_seq))
+  width = num_columns * config.block_size
+  padding = max(0, width - max_len)
+  prompts = jnp.pad(tokens, ((0, 0), (0, padding)))[:, :width]
+  prompts = prompts.reshape(num_prompts, num_columns, config.block_size)
+  return prefix.match(ctx.prefix, prompts, num_full, namespaces)
+
+
+def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
+  """Starts new sequences that continue existing ones.
+
+  A fork shares the full blocks of its source and gets a copy of the partial one, so
+  each branch writes only blocks of its own. Blocks reserved by `extend` are not shared.
+
+  Args:
+    ctx: The context.
+    src: `[F]` int32. Row to branch from; may repeat.
+
+  Returns:
+    `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`,
+    `NO_ROW`, `NO_BLOCKS`).
+  """
+  config = ctx.config
+  src = arguments.as_int32("src", src, ndim=1)
+  ctx = publish(ctx)
+  pool, table, index = ctx.tables
+  in_range = (src >= 0) & (src < config.max_seqs)
+  source = jnp.where(in_range, src, 0)
+  live = in_range & table.is_active[source]
+  rank = ragged.ranks(live)
+  has_row = live & (rank < ragged.sum_int(~table.is_active))
+  seq_lens = table.seq_lens[source]
+  num_full = seq_lens // config.block_size
+  is_partial = seq_lens % config.block_size > 0
+  _, fits = ragged.first_come((has_row & is_partial).astype(jnp.int32), pool.num_free)
+  ok = has_row & fits
+  status = jnp.where(fits, Status.OK, Status.NO_BLOCKS)
+  status = jnp.where(has_row, status, Status.NO_ROW)
+  status = jnp.where(live, status, Status.INACTIVE).astype(jnp.int32)
+  rows = sequences.inactive_rows(table, src.shape[0])[rank]
+  rows = ragged.masked(rows, ok, config.max_seqs)
+
+  pool, copies = blocks.allocate_one_each(pool, ok & is_partial)
+  column = jnp.arange(config.max_blocks_per_seq, dtype=jnp.int32)[None]
+  shared = jnp.where(column < num_full[:, None], table.block_tables[source], NULL_BLOCK)
+  partial = table.block_tables[source, jnp.minimum(num_full, column.size - 1)]
+  shared, partial = ragged.hold(shared, partial)
+  pool = blocks.share(pool, jnp.where(ok[:, None], shared, NULL_BLOCK).reshape(-1))
+  to = ragged.masked(copies, ok & is_partial, config.num_blocks)
+  index = prefix.copy_tokens(index, partial, to)
+  parents = ragged.masked(source, ok, config.max_seqs)
+  table = table.replace(
+    num_frozen=table.num_frozen.at[parents].max(num_full, mode="drop")
+  )
+  table = sequences.start(
+    table,
+    rows,
+    block_ids=jnp.where((column == num_full[:, None]), copies[:, None], shared),
+    num_blocks=num_full + is_partial.astype(jnp.int32),
+    seq_lens=seq_lens,
+    namespaces=table.namespaces[source],
+    num_published=jnp.minimum(table.num_published[source], num_full),
+    num_frozen=num_full,
+    is_sealed=table.is_sealed[source],
+  )
+  store = kv.copy_blocks(ctx.kv, partial, to)
+  ctx = ctx.with_tables((pool, table, index)).replace(kv=store)
+  return ctx, jnp.where(ok, rows, -1), status
+
+
+def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
+  """Drops the last tokens of each sequence, and the blocks reserved past them.
+
+  A last block that is then partial is copied if it is shared or cached, since it will
+  be written again.
+
+  Args:
+    ctx: The context.
+    num_tokens: `[S]` int32. Tokens to drop; 0 leaves a row alone.
+
+  Returns:
+    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`, or
+    `NO_BLOCKS` where the copy found no free block: those rows are unchanged.
+  """
+  config, (pool, table, index) = ctx.config, ctx.tables
+  num_tokens = arguments.as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
+  status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
+  invalid = (num_tokens < 0) | (num_tokens > table.seq_lens)
+  status = jnp.where(invalid, Status.INVALID, status)
+  inactive = (num_tokens > 0) & ~table.is_active
+  status = jnp.where(inactive, Status.INACTIVE, status)
+  drops = (status == Status.OK) & (num_tokens > 0)
+  seq_lens = jnp.where(drops, table.seq_lens - num_tokens, table.seq_lens)
+  num_full = seq_lens // config.block_size
+  rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  last = table.block_tables[rows, jnp.minimum(num_full, table.max_blocks_per_seq - 1)]
+  last = ragged.hold(last)
+  is_partial = seq_lens % config.block_size > 0
+  is_frozen = (pool.ref_counts[last] > 1) | index.is_cached(last)
+  copies = ragged.hold(drops & is_partial & is_frozen)
+  _, fits = ragged.first_come(copies.astype(jnp.int32), pool.num_free)
+  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  drops, copies = drops & fits, copies & fits
+  seq_lens = jnp.where(drops, seq_lens, table.seq_lens)
+
+  pool, targets = blocks.allocate_one_each(pool, copies)
+  to = ragged.masked(targets, copies, config.num_blocks)
+  store = kv.copy_blocks(ctx.kv, last, to)
+  index = prefix.copy_tokens(index, last, to)
+  num_kept = num_full + (is_partial & ~copies).astype(jnp.int32)
+  num_kept = jnp.where(drops, num_kept, table.num_blocks)
+  pool, table, index = releasing.release(
+    (pool, table, index), num_kept, chunk_size=config.chunk_size
+  )
+  table = sequences.set_blocks(table, rows, table.num_blocks, targets, copies)
+  frozen = jnp.where(drops, num_full, table.num_frozen)
+  table = table.replace(
+    seq_lens=seq_lens,
+    num_blocks=table.num_blocks + copies.astype(jnp.int32),
+    num_published=jnp.minimum(table.num_published, frozen),
+    num_frozen=jnp.minimum(table.num_frozen, frozen),
+    is_sealed=table.is_sealed & ~drops,
+  )
+  return ctx.with_tables((pool, table, index)).replace(kv=store), status
+
+
+def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Context:
+  """Ends sequences and gives their blocks back.
+
+  Args:
+    ctx: The context.
+    mask: `[S]` bool. Rows to end; inactive ones are ignored.
+    keep_prefix: Whether the sequences' full blocks stay cached, until evicted, for
+      later prompts that begin alike. If not, whatever only these sequences brought into
+      the cache is free at once.
+  """
+  if keep_prefix:
+    ctx = publish(ctx)
+  return finish_published(ctx, mask, keep_prefix=keep_prefix)
+
+
+def finish_published(
+  ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True
+) -> Context:
+  """`finish` without its `publish`, for a caller that has just published."""
+  config = ctx.config
+  mask = arguments.as_mask("mask", mask, config.max_seqs)
+  mask &= ctx.sequences.is_active
+  num_kept = jnp.where(mask, 0, ctx.sequences.num_blocks)
+  pool, table, index = releasing.release(
+    ctx.tables, num_kept, chunk_size=config.chunk_size, keep_prefix=keep_prefix
+  )
+  return ctx.with_tables((pool, sequences.clear(table, mask), index))
+
+
+def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
+  """Ends all sequences; forgets cached prefixes and counters, or keeps them.
+
+  Keys and values are left in place, unreachable.
+  """
+  if keep_prefix:
+    return finish(ctx, jnp.ones(ctx.config.max_seqs, bool))
+  fresh = init(ctx.config)
+  index = fresh.prefix.replace(salt=ctx.prefix.salt)
+  return fresh.replace(prefix=index, kv=ctx.kv)
