@@ -73,9 +73,9 @@ class Module:
     aliases: For each output that is an argument's buffer, the argument's index.
   """
 
-  computations: dict[str, tuple[Instruction, ...]]
+  computations: dict[str, tuple[Instruction, ...]] = dataclasses.field(repr=False)
   entry: str
-  aliases: dict[int, int]
+  aliases: dict[int, int] = dataclasses.field(repr=False)
 
   @functools.cached_property
   def _by_name(self) -> dict[tuple[str, str], Instruction]:

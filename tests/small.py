@@ -98,8 +98,7 @@ def start(ctx: Context, *texts: Sequence[int]) -> Context:
   ctx, admission = admit(ctx, *prompts(*texts))
   given = zip(admission.seq_ids.tolist(), admission.num_cached.tolist(), strict=True)
   todo = {
-    s: text[num_cached:]
-    for (s, num_cached), text in zip(given, texts, strict=False)
+    s: text[num_cached:] for (s, num_cached), text in zip(given, texts, strict=False)
   }
   kvcache.raise_for_status(admission.status[: len(texts)])
   return append(ctx, todo)

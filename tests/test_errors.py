@@ -46,14 +46,14 @@ def test_nothing_is_raised_if_every_row_is_served(status):
 def test_the_first_failure_decides_and_all_are_told():
   status = jnp.array([0, Status.NO_BLOCKS, 0, Status.EMPTY], jnp.int32)
   with pytest.raises(
-    errors.BlockOverflowError, match="^refused 1: NO_BLOCKS, 3: EMPTY$"
+    errors.BlockOverflowError, match=r"^refused 1: NO_BLOCKS, 3: EMPTY$"
   ):
     raise_for_status(status)
 
 
 def test_rows_are_told_by_their_names():
   with pytest.raises(
-    errors.SequenceOverflowError, match="^refused b: NO_ROW, c: INVALID$"
+    errors.SequenceOverflowError, match=r"^refused b: NO_ROW, c: INVALID$"
   ):
     raise_for_status([0, 1, 7], ["a", "b", "c"])
 

@@ -64,8 +64,12 @@ def test_values_are_cast_to_the_stores_type(store):
   k = jnp.full((4, K, D), 1 / 3)
   after = write(half, 1, k, -k, ints([4, 5, 6, 7]))
   assert after.k.dtype == after.v.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(after.k[1, 1], jnp.full((K, BLOCK, D), 1 / 3, "bf16"))
-  np.testing.assert_array_equal(after.v[1, 1], jnp.full((K, BLOCK, D), -1 / 3, "bf16"))
+  np.testing.assert_array_equal(
+    after.k[1, 1], jnp.full((K, BLOCK, D), 1 / 3, jnp.bfloat16)
+  )
+  np.testing.assert_array_equal(
+    after.v[1, 1], jnp.full((K, BLOCK, D), -1 / 3, jnp.bfloat16)
+  )
 
 
 @pytest.mark.parametrize(

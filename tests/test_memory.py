@@ -93,9 +93,11 @@ def is_compaction(module, loop):
   """Whether a loop's own body reads the whole eviction ring."""
   body = loop.callees["body"]
   nested = {
-    i.name for w in module.whiles(body) for i in module.walk(w.callees["body"])
+    id(i)
+    for inner in module.whiles(body)
+    for i in module.scans(CONFIG.queue_size, inner.callees["body"])
   }
-  return any(i.name not in nested for i in module.scans(CONFIG.queue_size, body))
+  return any(id(i) not in nested for i in module.scans(CONFIG.queue_size, body))
 
 
 def compactions(module):
