@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     "--picture", action="store_true", help="draw the blocks in use over time"
   )
   _add_shared(text)
-  text.set_defaults(run=_generate, slice_steps=16)
+  text.set_defaults(run=_generate)
 
   demo = commands.add_parser(
     "demo", help="serve prompts that share a system prompt, and show the pool"
@@ -143,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     json=None,
     quiet=False,
     picture=True,
-    slice_steps=4,
     # Small enough that requests wait for each other and cached blocks are evicted.
     max_seqs=8,
     num_blocks=44,
@@ -231,7 +230,7 @@ def _serve(
     sampling_params=[prompt.sampling for prompt in prompts],
     stop_tokens=() if options.ignore_eos else loaded.stop_tokens,
     scheduler=SchedulerConfig(token_budget=options.token_budget),
-    slice_steps=options.slice_steps,
+    slice_steps=4 if options.picture else 16,  # a picture wants many samples
     on_slice=report.add,
   )
   progress.clear()

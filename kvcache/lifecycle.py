@@ -273,13 +273,17 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     (pool, table, index), num_kept, chunk_size=config.chunk_size
   )
   table = sequences.set_blocks(table, rows, table.num_blocks, targets, copies)
-  frozen = jnp.where(drops, num_full, table.num_frozen)
+  cut = jnp.where(drops, num_full, table.num_frozen)
+  num_published = jnp.minimum(table.num_published, cut)
+  num_frozen = jnp.minimum(table.num_frozen, cut)
   table = table.replace(
     seq_lens=seq_lens,
     num_blocks=table.num_blocks + copies.astype(jnp.int32),
-    num_published=jnp.minimum(table.num_published, frozen),
-    num_frozen=jnp.minimum(table.num_frozen, frozen),
-    is_sealed=table.is_sealed & ~drops,
+    num_published=num_published,
+    num_frozen=num_frozen,
+    # A row that still shares unpublished blocks stays sealed: were it to publish them
+    # under another parent, the other holders would not hold that parent.
+    is_sealed=table.is_sealed & ~(drops & (num_published == num_frozen)),
   )
   return ctx.with_tables((pool, table, index)).replace(kv=store), status
 

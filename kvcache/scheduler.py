@@ -211,8 +211,8 @@ def _admit(
   config = ctx.config
   num_candidates = min(scheduler.max_admissions, requests.num_requests, config.max_seqs)
   waiting = requests.status == RequestStatus.WAITING
-  keys, candidates = lax.top_k(-jnp.where(waiting, order, _LAST), num_candidates)
-  is_candidate = (keys > -_LAST) & (num_preempted == 0)
+  keys, candidates = _smallest(jnp.where(waiting, order, _LAST), num_candidates)
+  is_candidate = (keys < _LAST) & (num_preempted == 0)
   lengths = jnp.where(is_candidate, requests.lengths[candidates], 0)
   prompts = requests.tokens[candidates, : config.max_tokens_per_seq]
   waits = jnp.zeros_like(is_candidate)
@@ -248,6 +248,24 @@ def _admit(
   )
   is_stalled = jnp.any(asked & (admission.status == Status.NO_BLOCKS))
   return ctx, requests, is_stalled | (num_preempted > 0)
+
+
+def _smallest(keys: Array, num: int) -> tuple[Array, Array]:
+  """The `num` smallest of `[Q]` keys in ascending order, and their indices.
+
+  Each is one pass over the keys; `lax.top_k` sorts them all on CPU (measured: 0.5 ms
+  and more for 10,000).
+  """
+
+  def pick(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    left, found, at = state
+    smallest = jnp.argmin(left).astype(jnp.int32)
+    found, at = found.at[i].set(left[smallest]), at.at[i].set(smallest)
+    return left.at[smallest].set(_LAST), found, at
+
+  nothing = jnp.full(num, _LAST, jnp.int32), jnp.zeros(num, jnp.int32)
+  _, found, at = lax.fori_loop(0, num, pick, (keys, *nothing))
+  return found, at
 
 
 def is_permanent(status: Array) -> Array:

@@ -137,12 +137,9 @@ class ProgressLine:
 
 
 def _at(samples: Sequence[PoolSample], step: float) -> PoolSample:
-  """Returns the latest sample up to a step; before the first one the pool was empty."""
-  latest = PoolSample(step=0, used=0, cached=0)
-  for sample in samples:
-    if sample.step <= step:
-      latest = sample
-  return latest
+  """Returns the first sample at a step or later; without one the pool is empty."""
+  empty = PoolSample(step=0, used=0, cached=0)
+  return next((sample for sample in samples if sample.step >= step), empty)
 
 
 def _runs(kinds: Sequence[str]) -> list[tuple[str, int]]:

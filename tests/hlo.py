@@ -58,6 +58,11 @@ class Instruction:
   computation: str
   is_root: bool
 
+  @property
+  def num_elements(self) -> int:
+    """Elements of its largest array."""
+    return max(self.sizes, default=0)
+
   def __str__(self) -> str:
     """Returns what a failed test shows."""
     return f"{self.opcode} {self.name} {list(self.sizes)} of {self.op_name!r}"
@@ -79,7 +84,9 @@ class Module:
 
   @functools.cached_property
   def _by_name(self) -> dict[tuple[str, str], Instruction]:
-    return {(i.computation, i.name): i for body in self.computations.values() for i in body}
+    return {
+      (i.computation, i.name): i for body in self.computations.values() for i in body
+    }
 
   def operands(self, instruction: Instruction) -> list[Instruction]:
     """The instructions whose results it reads."""
@@ -125,29 +132,29 @@ class Module:
     walk = self.walk(computation, into_fusions=True)
     return sum(i.opcode == opcode for i in walk)
 
-  def is_in_place(self, instruction: Instruction) -> bool:
-    """Whether every array of the result that is one of the operands is only updated."""
-    if instruction.opcode in _UPDATES:
-      return self._is_source(self.operands(instruction)[0])
+  def is_in_place(self, instruction: Instruction, min_elements: int = 0) -> bool:
+    """Whether it only updates those arrays of its operands that are its results.
+
+    Args:
+      instruction: Any.
+      min_elements: Smaller results do not count.
+    """
     if instruction.opcode != "fusion":
-      return False
+      return self._is_update(instruction)
     root = self.root(instruction.callees["calls"])
-    roots = self.operands(root) if root.opcode == "tuple" else [root]
-    biggest = max(instruction.sizes)
-    return all(
-      self._is_update(part) for part in roots if max(part.sizes) >= biggest
-    )
+    parts = self.operands(root) if root.opcode == "tuple" else [root]
+    return all(self._is_update(i) for i in parts if i.num_elements >= min_elements)
 
   def _is_update(self, part: Instruction) -> bool:
     while part.opcode == "bitcast":
-      part = self.operands(part)[0]
-    return part.opcode in _UPDATES and self._is_source(self.operands(part)[0])
+      (part,) = self.operands(part)
+    return part.opcode in _UPDATES and self._is_given(self.operands(part)[0])
 
-  def _is_source(self, operand: Instruction) -> bool:
-    """Whether an updated array is what came in, and not computed here."""
-    while operand.opcode == "bitcast":
-      operand = self.operands(operand)[0]
-    return operand.computation not in self._fused or operand.opcode == "parameter"
+  def _is_given(self, target: Instruction) -> bool:
+    """Whether an updated array comes into a fusion and is not computed in it."""
+    while target.opcode == "bitcast":
+      (target,) = self.operands(target)
+    return target.opcode == "parameter" or target.computation not in self._fused
 
   @functools.cached_property
   def _fused(self) -> set[str]:
@@ -160,9 +167,9 @@ class Module:
     return [
       i
       for i in self.walk(computation)
-      if max(i.sizes, default=0) >= min_elements
+      if i.num_elements >= min_elements
       and i.opcode not in _PLUMBING
-      and not self.is_in_place(i)
+      and not self.is_in_place(i, min_elements)
     ]
 
   def scans(
@@ -173,7 +180,7 @@ class Module:
       i
       for i in self.walk(computation, into_fusions=True)
       if i.opcode in _SCANS
-      and any(max(o.sizes, default=0) >= min_elements for o in self.operands(i))
+      and any(o.num_elements >= min_elements for o in self.operands(i))
     ]
 
 

@@ -16,11 +16,11 @@ import kvcache
 from kvcache import CacheConfig, Context, Requests, SchedulerConfig, StepMetadata
 
 VOCAB = 32
-MODEL_SCOPE = "toy_model"
+MODEL_SCOPE = "layered_model"
 """Named scope of the model: which instructions of a compiled loop are not the loop's."""
 
 
-def toy_model(
+def layered_model(
   tokens: Array, metadata: StepMetadata, ctx: Context
 ) -> tuple[Array, Context]:
   """Writes and reads the cache in each layer, with K/V as the carry of a scan."""
@@ -113,8 +113,8 @@ def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
 def step(
   ctx: Context, requests: Requests, *, scheduler: SchedulerConfig
 ) -> tuple[Context, Requests]:
-  """One step of the loop over the toy model."""
-  return kvcache.step(toy_model, ctx, requests, scheduler)
+  """One step of the loop over the model."""
+  return kvcache.step(layered_model, ctx, requests, scheduler)
 
 
 def serve(
@@ -124,7 +124,7 @@ def serve(
   *,
   scheduler: SchedulerConfig,
 ) -> tuple[Context, Requests]:
-  """The loop over the toy model."""
+  """The loop over the model."""
   return kvcache.serve(
-    toy_model, ctx, requests, scheduler=scheduler, max_steps=max_steps
+    layered_model, ctx, requests, scheduler=scheduler, max_steps=max_steps
   )

@@ -1,4 +1,4 @@
-"""The Llama decoder against a NumPy model, in its variants and both ways to run layers."""
+"""The Llama decoder against a NumPy model, in its variants, scanned and unrolled."""
 
 import dataclasses
 

@@ -22,10 +22,10 @@ class Screen(io.StringIO):
 def test_chart_shows_used_cached_and_free():
   chart = terminal.pool_chart(SAMPLES, num_blocks=8, style=Style(width=12), height=4)
   assert chart.splitlines() == [
-    " 8 |...++++.",
-    "   |...++++.",
-    "   |.######.",
-    "   |.######+",
+    " 8 |..++....",
+    "   |..++....",
+    "   |####....",
+    "   |####++++",
     " 0 +--------",
     "    0 step 8",
     "    ## used   ++ cached   .. free",

@@ -86,7 +86,7 @@ def _check_rows(host):
   published = column < rows.num_published[:, None]
   assert way_of[tables[published]].all(), "a published block is not cached"
   pending = full & ~published & ~rows.is_sealed[:, None]
-  #  assert (refs[tables[pending]] == 1).all(), "a shared block is not published"
+  assert (refs[tables[pending]] == 1).all(), "a shared block is not published"
   index, parents = host.prefix, np.pad(tables, ((0, 0), (1, 0)))[:, :-1]
   seen = owned & (way_of[tables] > 0)
   assert (index.depth[tables] == column)[seen].all(), "depth is not the column"

@@ -79,15 +79,19 @@ class Tokenizer:
       )
     if pre not in _SPLITS:
       raise LoadError(f"{source}: pre-tokenizer {pre!r} is not supported")
-    tokens = get("tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
-    backend = tokenizers.Tokenizer(
-      tokenizers.models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
-        ignore_merges=pre in _MERGES_IGNORED,
+    tokens, merges = get("tokens"), get("merges")
+    if tokens is None or merges is None:
+      raise LoadError(f"{source} has no vocabulary or no merges in its metadata")
+    try:
+      backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+          vocab={token: index for index, token in enumerate(tokens)},
+          merges=[tuple(merge.split(" ", 1)) for merge in merges],
+          ignore_merges=pre in _MERGES_IGNORED,
+        )
       )
-    )
+    except Exception as error:  # The Rust side raises bare Exception.
+      raise LoadError(f"{source} has a damaged vocabulary: {error}") from error
     cuts = tokenizers.pre_tokenizers
     backend.pre_tokenizer = cuts.Sequence(
       [cuts.Split(tokenizers.Regex(split), "isolated") for split in _SPLITS[pre]]
