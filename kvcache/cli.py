@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # `--help` and mistakes in the arguments do not wait for the 
 _OK, _FAILED, _MISUSED, _INTERRUPTED = 0, 1, 2, 130
 _DEFAULT_POOL_BYTES = 2 * 2**30
 _PROMPTS_FOLDERS = (
-  pathlib.Path(__file__).parent / "prompts",  # installed
+  pathlib.Path(__file__).parent / "examples",  # installed
   pathlib.Path(__file__).parents[1] / "examples" / "prompts",  # in the repository
 )
 
@@ -196,10 +196,18 @@ def _generate(options: argparse.Namespace) -> int:
     loaded = _load(options.model)
     encoded = [_encode(loaded, prompt, options) for prompt in prompts]
     config = _configure(options, loaded, prompts, encoded)
+    _cache_programs()
     progress.show("compiling")
     return _serve(options, loaded, prompts, encoded, config, progress)
   finally:
     progress.clear()
+
+
+def _cache_programs() -> None:
+  """Keeps compiled programs for the next run, unless the user has chosen a place."""
+  if jax.config.jax_compilation_cache_dir is None:
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "kvcache"))
 
 
 def _serve(

@@ -1,4 +1,4 @@
-"""Reads the optimised HLO of a compiled program, to see what it copies and what it scans.
+"""Reads the optimised HLO of a compiled program: what it copies, what it scans.
 
 XLA has inserted every copy it needs by then. What is left to find are instructions
 outside of fusions whose result is a whole array: each writes all of it, unless it is
@@ -128,7 +128,7 @@ class Module:
     return [i for i in body if i.opcode == "while"]
 
   def count(self, opcode: str, computation: str | None = None) -> int:
-    """How many instructions of a kind there are, inside of fusions and loops as well."""
+    """How many instructions of a kind there are, also in fusions and loops."""
     walk = self.walk(computation, into_fusions=True)
     return sum(i.opcode == opcode for i in walk)
 

@@ -17,7 +17,7 @@ from kvcache import CacheConfig, Context, Requests, SchedulerConfig, StepMetadat
 
 VOCAB = 32
 MODEL_SCOPE = "layered_model"
-"""Named scope of the model: which instructions of a compiled loop are not the loop's."""
+"""Named scope of the model: tells its instructions from the loop's around it."""
 
 
 def layered_model(

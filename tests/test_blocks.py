@@ -118,8 +118,7 @@ def test_release_is_right_for_every_list_of_ids(pool):
 
 
 def test_release_exclusive_is_release_for_blocks_with_one_reference(pool):
-  ids, mask = ints([3, 1, 2, 0]), jnp.array([True, False, True, False])
-  after = release_exclusive(pool, ids, mask)
+  after = release_exclusive(pool, ints([3, 0, 2, 0]), ints([0, 1, 1, 2]))
   assert free(after) == [2, 3, 4, 5, 6]
   other, _ = release(pool, ints([3, 0, 2, 0]), keep=jnp.zeros(4, bool))
   assert free(other) == free(after)

@@ -41,13 +41,13 @@ NUM_RELEASES = {
   "step": 2,  # finished requests, preempted requests
   "serve": 2,
 }
-# `reset` makes new tables without looking at the old ones; only K/V stay where they are.
+# `reset` makes new tables without looking at the old ones; only K/V stay in place.
 KEEPS_TABLES = [name for name in (*VERBS, *LOOPS) if name != "reset"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-  """A program for the CPU: bytes of aliased arguments and of temporaries, and its HLO."""
+  """A program for the CPU: its HLO, bytes of aliased arguments and of temporaries."""
 
   alias_bytes: int
   temp_bytes: int
