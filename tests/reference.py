@@ -35,6 +35,7 @@ class Row:
   tokens: list[int] = dataclasses.field(default_factory=list)
   blocks: list[Block] = dataclasses.field(default_factory=list)
   num_published: int = 0
+  num_frozen: int = 0  # leading blocks that are published, or shared with a fork
   is_sealed: bool = False  # publishes no more, because the index had no place
 
 
@@ -157,7 +158,7 @@ class ReferenceCache:
       if not row.is_sealed:
         for column in range(row.num_published, self._num_full(row)):
           self._publish_block(row, column)
-        row.num_published = self._num_full(row)
+        row.num_published = row.num_frozen = self._num_full(row)
 
   def _publish_block(self, row, column):
     prefix = (row.namespace, tuple(row.tokens[: (column + 1) * self.block_size]))
@@ -232,6 +233,7 @@ class ReferenceCache:
       tokens=list(prompt[:num_cached]),
       blocks=list(hits),
       num_published=len(hits),
+      num_frozen=len(hits),
     )
     self._count_admission(len(prompt), num_cached)
 
@@ -330,7 +332,8 @@ class ReferenceCache:
     return results
 
   def _copy_row(self, row, *, copies_last):
-    shared = row.blocks[: self._num_full(row)]
+    row.num_frozen = self._num_full(row)
+    shared = row.blocks[: row.num_frozen]
     for block in shared:
       self._adopt(block)
     last = [self._allocate()] if copies_last else []
@@ -340,6 +343,7 @@ class ReferenceCache:
       tokens=list(row.tokens),
       blocks=shared + last,
       num_published=row.num_published,
+      num_frozen=row.num_frozen,
       is_sealed=row.is_sealed,
     )
 
@@ -389,7 +393,8 @@ class ReferenceCache:
       self.seen["copy on rewind"] += 1
     del row.tokens[new_len:]
     row.num_published = min(row.num_published, self._num_full(row))
-    row.is_sealed = False
+    row.num_frozen = min(row.num_frozen, self._num_full(row))
+    row.is_sealed &= row.num_published < row.num_frozen
 
   def finish(self, mask, *, keep_prefix=True):
     """Empties the masked rows."""

@@ -13,18 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcache
-from kvcache import AttentionLayer, CacheConfig, Context, StepMetadata
+from kvcache import Admission, AttentionLayer, CacheConfig, Context, StepMetadata
 
 LAYERS = (AttentionLayer(num_kv_heads=1, head_dim=2),) * 2
 CONFIG = CacheConfig(
-  layers=LAYERS, num_blocks=12, block_size=4, max_seqs=4, max_seq_len=16, chunk_size=3
+  layers=LAYERS,
+  num_blocks=12,
+  block_size=4,
+  max_seqs=4,
+  max_seq_len=16,
+  chunk_size=3,
+  index_ways=4,
 )
 NUM_TOKENS = 16
 """T of packed steps."""
-WIDTH = 20
-"""Columns of the prompts that are admitted: more than a row can hold."""
+WIDTH = 15
+"""Columns of the prompts that are admitted: one less than a row can hold."""
+NO_LIMIT = 2**31 - 1
 
-admit = jax.jit(kvcache.admit)
 check = kvcache.check_invariants
 evict = jax.jit(kvcache.evict)
 extend = jax.jit(kvcache.extend, static_argnames="num_tokens")
@@ -33,7 +39,8 @@ fork = jax.jit(kvcache.fork)
 publish = jax.jit(kvcache.publish)
 reset = jax.jit(kvcache.reset, static_argnames="keep_prefix")
 rewind = jax.jit(kvcache.rewind)
-step_metadata = jax.jit(kvcache.step_metadata, static_argnames="num_tokens")
+_admit = jax.jit(kvcache.admit)
+_find = jax.jit(kvcache.find)
 
 
 def ints(values: Sequence[int]) -> Array:
@@ -59,9 +66,27 @@ def prompts(*texts: Sequence[int]) -> tuple[Array, Array]:
   """`tokens [2, WIDTH]` and `lengths [2]`; a missing prompt is an empty one."""
   tokens = np.full((2, WIDTH), -1, np.int32)
   for row, text in zip(tokens, texts, strict=False):
-    row[: len(text)] = text
+    row[: len(text)] = text[:WIDTH]
   lengths = [len(text) for text in texts] + [0] * (2 - len(texts))
   return jnp.asarray(tokens), ints(lengths)
+
+
+def admit(
+  ctx: Context,
+  tokens: Array,
+  lengths: Array,
+  *,
+  namespace: Sequence[int] = (0, 0),
+  block_budget: int = NO_LIMIT,
+) -> tuple[Context, Admission]:
+  budget = jnp.int32(block_budget)
+  return _admit(ctx, tokens, lengths, namespace=ints(namespace), block_budget=budget)
+
+
+def find(
+  ctx: Context, tokens: Array, lengths: Array, *, namespace: Sequence[int] = (0, 0)
+) -> tuple[Array, Array]:
+  return _find(ctx, tokens, lengths, namespace=ints(namespace))
 
 
 def contents(tokens: Array) -> tuple[Array, Array]:
@@ -95,7 +120,7 @@ def append(ctx: Context, texts: Mapping[int, Sequence[int]]) -> Context:
 
 def start(ctx: Context, *texts: Sequence[int]) -> Context:
   """Admits one or two prompts and computes what is not cached of them."""
-  ctx, admission = admit(ctx, *prompts(*texts))
+  ctx, admission = admit(ctx, *prompts(*[text[:WIDTH] for text in texts]))
   given = zip(admission.seq_ids.tolist(), admission.num_cached.tolist(), strict=True)
   todo = {
     s: text[num_cached:] for (s, num_cached), text in zip(given, texts, strict=False)

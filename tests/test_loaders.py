@@ -7,7 +7,7 @@ import struct
 
 import gguf
 import jax
-from model_runs import admit, context_for, feed, greedy
+from tests.model_runs import admit, context_for, feed, greedy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file

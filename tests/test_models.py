@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from model_runs import admit, context_for, decode, dense_logits, feed, greedy, run_step
+from tests.model_runs import admit, context_for, decode, dense_logits, feed, greedy, run_step
 import numpy as np
 import pytest
 

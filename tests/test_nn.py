@@ -4,7 +4,7 @@ import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from model_runs import admit, context_for, run_step
+from tests.model_runs import admit, context_for, run_step
 import numpy as np
 import pytest
 

@@ -14,6 +14,7 @@ from kvcache import CacheConfig, Context
 from tests.reference import Block, Prefix, ReferenceCache
 
 PRINT_BITS = 22  # fingerprints are whole numbers that float32 holds exactly
+SM_SCALE = 2.0**-PRINT_BITS  # keeps the logits of such keys small
 
 
 def cached_prefixes(host: Context) -> dict[int, Prefix]:
@@ -142,6 +143,7 @@ def check_oracle(host: Context, oracle: ReferenceCache) -> None:
     "seq_lens": [len(row.tokens) for row in oracle.rows],
     "num_blocks": [len(row.blocks) for row in oracle.rows],
     "num_published": [row.num_published for row in oracle.rows],
+    "num_frozen": [row.num_frozen for row in oracle.rows],
     "namespaces": [row.namespace for row in oracle.rows],
     "is_sealed": [row.is_sealed for row in oracle.rows],
   }
@@ -194,16 +196,18 @@ def follow(oracle: ReferenceCache, host: Context) -> None:
     num_full = len(row.tokens) // oracle.block_size
     assert rows.is_sealed[s] or rows.num_published[s] == num_full, "not published"
     row.blocks = [twins[block] for block in tables[s][: len(row.blocks)]]
-    row.num_published = rows.num_published[s]
-    row.is_sealed = rows.is_sealed[s]
+    row.num_published = int(rows.num_published[s])
+    row.num_frozen = max(row.num_frozen, row.num_published)
+    row.is_sealed = bool(rows.is_sealed[s])
   oracle.index = {prefix: twins[block] for block, prefix in prefixes.items()}
   oracle.lru = [twins[block] for block in evictable_blocks(host)]
   oracle.num_free = int(host.pool.num_free)
 
 
-def check_metadata(metadata, queries, effective, num_tokens, is_decode, before) -> None:
+def check_metadata(metadata, queries, effective, is_decode, before) -> None:
   """Asserts that a step's view is the oracle's plan."""
   rows, block_size = before.sequences, before.prefix.block_size
+  num_tokens = metadata.slot_mapping.size
   slots = np.full(num_tokens, before.pool.num_blocks * block_size)
   last = {}
   for query in queries:
@@ -225,7 +229,6 @@ def check_metadata(metadata, queries, effective, num_tokens, is_decode, before) 
   for name in ("seq_ids", "positions", "logits_indices"):  # padding is in range too
     values = getattr(metadata, name)
     assert (values >= 0).all(), name
-  assert metadata.num_tokens == num_tokens
   assert same_bits(metadata.block_tables, rows.block_tables), "block_tables"
 
 
@@ -279,6 +282,22 @@ def contents(cache: CacheConfig, prints: np.ndarray) -> tuple[np.ndarray, np.nda
   mixed = prints[..., None, None] * factors.reshape(lead)
   keys, values = (mixed >> np.uint32(32 - PRINT_BITS)).astype(cache.dtype)
   return keys, values
+
+
+def attend_densely(cache, oracle, queries, tokens, q) -> np.ndarray:
+  """What `attend` must return for the last layer: `[T, H, D]`, 0 for padding."""
+  out = np.zeros_like(q)
+  texts = [list(row.tokens) for row in oracle.rows]
+  for query in queries:
+    texts[query.row].append(int(tokens[query.index]))
+  for query in queries:
+    text = tuple(texts[query.row][: query.position + 1])
+    prints = fingerprints(oracle.rows[query.row].namespace, text)
+    keys, values = (x[-1, :, 0].astype(np.float64) for x in contents(cache, prints))
+    logits = q[query.index] @ keys.T * SM_SCALE  # [H, tokens]; there is one kv head
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    out[query.index] = weights @ values / weights.sum(axis=1, keepdims=True)
+  return out
 
 
 def check_contents(host: Context, oracle: ReferenceCache) -> None:

@@ -23,13 +23,8 @@ class WalkConfig:
   vocab: int = 3  # few tokens: hits, equal blocks and swaps are common
   phases: tuple[str, ...] = ("fill", "decode", "crowd", "speculate", "churn")
   prompt_blocks: int = 3  # blocks of the prompts that are shared
-
+  width: int = 33  # columns of the prompts: more, or fewer, than a row can hold
   is_cramped: bool = False  # the index has no place for every block: rows get sealed
-
-  @property
-  def width(self) -> int:
-    """Columns of the prompts: one more than the widest row can hold."""
-    return self.cache.max_blocks_per_seq * self.cache.block_size + 1
 
 
 def _cache(**kwargs) -> CacheConfig:
@@ -45,12 +40,14 @@ CONFIGS = {
     cache=_cache(num_blocks=9, block_size=2, max_seqs=5, max_seq_len=12, chunk_size=3),
     num_tokens=7,
     vocab=2,
-    phases=("crowd", "churn", "fill", "crowd", "speculate"),
+    width=13,
+    phases=("crowd", "churn", "fill", "crowd", "speculate", "restart"),
   ),
   "single_token_blocks": WalkConfig(
     cache=_cache(num_blocks=32, block_size=1, max_seqs=4, max_seq_len=16, chunk_size=1),
     num_tokens=6,
     vocab=2,
+    width=17,
     prompt_blocks=5,
   ),
   "long_decode": WalkConfig(
@@ -58,12 +55,14 @@ CONFIGS = {
       num_blocks=160, block_size=4, max_seqs=8, max_seq_len=96, chunk_size=16
     ),
     num_tokens=24,
+    width=60,
     phases=("fill", "decode", "decode", "decode", "speculate", "churn"),
     prompt_blocks=8,
   ),
   "single_row": WalkConfig(
     cache=_cache(num_blocks=7, block_size=4, max_seqs=1, max_seq_len=30),
     num_admissions=1,
+    width=20,
     num_forks=1,
     vocab=2,
   ),
@@ -95,11 +94,11 @@ PHASES = {
   },
   "crowd": {
     "admit": 3,
-    "admit_within": 3,
+    "admit_few": 3,
     "extend+step": 8,
     "extend_decode+step_decode": 3,
     "extend": 4,
-    "fork": 4,
+    "fork": 6,
     "rewind": 2,
     "finish": 1,
     "evict": 1,
@@ -123,12 +122,12 @@ PHASES = {
     "fork": 2,
     "rewind": 2,
     "reset": 0.1,
-    "reset_keep": 0.2,
   },
+  "restart": {"admit": 4, "extend+step": 8, "publish": 1, "reset_keep": 1},
 }
 
 
-_PUBLISHING = {"admit", "admit_within", "fork", "finish", "reset_keep"}
+_PUBLISHING = {"admit", "admit_few", "fork", "finish", "reset_keep"}
 
 
 def script(config: WalkConfig, rng: np.random.Generator) -> Iterator[str]:
@@ -185,9 +184,14 @@ class Proposer:
     for row, prompt in zip(tokens, prompts, strict=True):
       row[: len(prompt)] = prompt
     namespaces = self.rng.choice([0, 0, 0, 0, 7, -3], size=A).astype(np.int32)
-    return {"tokens": tokens, "lengths": lengths, "namespaces": namespaces}
+    return {
+      "tokens": tokens,
+      "lengths": lengths,
+      "namespaces": namespaces,
+      "block_budget": np.int32(INT_MAX),
+    }
 
-  def _propose_admit_within(self):
+  def _propose_admit_few(self):
     num_usable = self.oracle.num_free + self.oracle.num_evictable
     budget = self.rng.choice([num_usable, num_usable // 2, 1, 0, -1, INT_MAX])
     return self._propose_admit() | {"block_budget": np.int32(budget)}
@@ -265,11 +269,15 @@ class Proposer:
       whole = fingerprints(row.namespace, (*row.tokens, *tokens[here].tolist()))
       prints[here] = whole[start:]
     keys, values = contents(self.config.cache, prints)
-    return {"tokens": tokens, "keys": keys, "values": values}
+    q = self.rng.normal(size=(num_tokens, 2, keys.shape[-1])).astype(np.float32)
+    return {"tokens": tokens, "keys": keys, "values": values, "q": q}
 
   def _propose_fork(self):
     S = len(self.oracle.rows)
     src = self.rng.integers(S, size=self.config.num_forks).astype(np.int32)
+    live = [s for s, row in enumerate(self.oracle.rows) if row.active]
+    if live and self._chance(0.7):
+      src = self.rng.choice(live, size=src.size).astype(np.int32)
     if self._chance(0.1):
       src[self.rng.integers(src.size)] = self.rng.choice([-1, S, INT_MAX, INT_MIN])
     return {"src": src}

@@ -7,6 +7,7 @@ owns are filled with NaN after every transition.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
@@ -31,18 +32,19 @@ def _write_all(ctx, keys, values, metadata):
   return ctx
 
 
-def _step(ctx, query_lens, accepted, tokens, keys, values, *, num_tokens):
+def _step(ctx, query_lens, tokens, keys, values, q, *, num_tokens, accepted=None):
   metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
   ctx = _write_all(ctx, keys, values, metadata)
-  return kvcache.commit(ctx, tokens, metadata, accepted=accepted), metadata
+  layer, sm_scale = keys.shape[0] - 1, walk_checks.SM_SCALE
+  out = kvcache.attend(ctx, layer, q, metadata, sm_scale=sm_scale)
+  ctx = kvcache.commit(ctx, tokens, metadata, accepted=accepted)
+  return ctx, metadata, out
 
 
-def _step_decode(ctx, query_lens, tokens, keys, values):
-  return _step(ctx, query_lens, None, tokens, keys, values, num_tokens=None)
-
-
-def _admit(ctx, tokens, lengths, namespaces, **kwargs):
-  return kvcache.admit(ctx, tokens, lengths, namespace=namespaces, **kwargs)
+def _admit(ctx, tokens, lengths, namespaces, block_budget):
+  return kvcache.admit(
+    ctx, tokens, lengths, namespace=namespaces, block_budget=block_budget
+  )
 
 
 def transitions(config: WalkConfig):
@@ -55,12 +57,10 @@ def transitions(config: WalkConfig):
 
   return {
     "admit": _admit,
-    "admit_within": _admit,  # a budget of blocks
     "extend": functools.partial(extend, num_tokens=T),
     "extend_decode": extend,
     "step": functools.partial(_step, num_tokens=T),
-    "speculate": functools.partial(_step, num_tokens=T),
-    "step_decode": _step_decode,
+    "step_decode": functools.partial(_step, num_tokens=None),
     "publish": alone(kvcache.publish),
     "fork": kvcache.fork,
     "rewind": kvcache.rewind,
@@ -94,7 +94,8 @@ def programs(config: WalkConfig, *, batched: bool = False):
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(jax.vmap(run) if batched else run, compiler_options=options)
 
-  return {name: program(f) for name, f in transitions(config).items()}
+  compiled = {name: program(f) for name, f in transitions(config).items()}
+  return compiled | {"admit_few": compiled["admit"], "speculate": compiled["step"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Prediction:
   result: tuple = ()  # what the verb reports, in the order of its fields
   is_idle: bool = False  # nothing may change, to the last bit
   still_rows: tuple[int, ...] = ()  # rows that may not change, to the last bit
+  statuses: tuple[Status, ...] = ()
 
 
 class Walk:
@@ -121,6 +123,7 @@ class Walk:
     )
     self.proposer = Proposer(config, self.oracle, seed=seed)
     self.num_steps = 0
+    self.seen = collections.Counter()  # what happened how often, as (name, status)
 
   def advance(self, name: str) -> None:
     """Takes one transition and checks everything about it."""
@@ -137,6 +140,7 @@ class Walk:
         prediction = Prediction()
       else:
         prediction = getattr(self, f"_predict_{name}")(**arrays)
+      self._note(name, before, prediction)
       self._check(before, result, prediction)
       if self.num_steps % 64 == 0:
         walk_checks.check_views(before, after, self.host)
@@ -145,6 +149,19 @@ class Walk:
       raise
     self.ctx, self.host = poisoned, self.host.replace(kv=kv)
     self.num_steps += 1
+
+  def _note(self, name, before, prediction):
+    self.seen.update((name, status) for status in prediction.statuses)
+    index, rows = self.host.prefix, self.host.sequences
+    was_reset = name.startswith("reset")
+    events = {
+      "ring compacted": index.queue_tail < before.prefix.queue_tail and not was_reset,
+      "hit": self.host.counters.hit_tokens > before.counters.hit_tokens,
+      "evicted": self.host.counters.num_evicted > before.counters.num_evicted,
+      "sealed": rows.is_sealed.any(),
+      "nothing changed": prediction.is_idle,
+    }
+    self.seen.update(event for event, happened in events.items() if happened)
 
   def _check(self, before, result, prediction):
     host = self.host
@@ -161,7 +178,7 @@ class Walk:
 
   # The oracle's side.
 
-  def _predict_admit(self, tokens, lengths, namespaces, block_budget=None):
+  def _predict_admit(self, tokens, lengths, namespaces, block_budget):
     is_published = self.oracle.num_pending() == 0
     prompts = [
       row[: max(n, 0)].tolist() for row, n in zip(tokens, lengths, strict=True)
@@ -178,10 +195,12 @@ class Walk:
         self.proposer.texts[s] = prompt
     seq_ids, num_cached, status = zip(*results, strict=True)
     return Prediction(
-      result=(seq_ids, num_cached, status), is_idle=is_published and all(status)
+      result=(seq_ids, num_cached, status),
+      is_idle=is_published and all(status),
+      statuses=status,
     )
 
-  _predict_admit_within = _predict_admit
+  _predict_admit_few = _predict_admit
 
   def _predict_extend(self, query_lens, order=None):
     statuses = self.oracle.extend(
@@ -193,17 +212,21 @@ class Walk:
     self.proposer.granted = np.where(is_granted, query_lens, 0).astype(np.int32)
     still = tuple(np.flatnonzero(self.proposer.granted == 0))
     return Prediction(
-      result=(statuses,), is_idle=len(still) == len(statuses), still_rows=still
+      result=(statuses,),
+      is_idle=len(still) == len(statuses),
+      still_rows=still,
+      statuses=tuple(statuses),
     )
 
   _predict_extend_decode = _predict_extend
 
-  def _predict_step(self, query_lens, tokens, keys, values, accepted=None):
+  def _predict_step(self, query_lens, tokens, keys, values, q, accepted=None):
     del keys, values  # the contents are checked against the tokens
     num_tokens = None if accepted is None else self.config.num_tokens
     queries, effective = self.oracle.plan_step(
       query_lens.tolist(), num_tokens=num_tokens
     )
+    out = walk_checks.attend_densely(self.config.cache, self.oracle, queries, tokens, q)
     before = [len(row.tokens) for row in self.oracle.rows]
     self.oracle.commit(
       queries,
@@ -215,7 +238,7 @@ class Walk:
     after = [len(row.tokens) for row in self.oracle.rows]
     still = tuple(s for s in range(len(before)) if before[s] == after[s])
     return Prediction(
-      result=(queries, effective, len(tokens), num_tokens is None), still_rows=still
+      result=(queries, effective, num_tokens is None, out), still_rows=still
     )
 
   _predict_step_decode = _predict_speculate = _predict_step
@@ -232,13 +255,22 @@ class Walk:
       if status == Status.OK:
         self.proposer.texts[s] = list(self.proposer.texts[source])
     seq_ids, status = zip(*results, strict=True)
-    return Prediction(result=(seq_ids, status), is_idle=is_published and all(status))
+    return Prediction(
+      result=(seq_ids, status),
+      is_idle=is_published and all(status),
+      statuses=status,
+    )
 
   def _predict_rewind(self, num_tokens):
     statuses = self.oracle.rewind(num_tokens.tolist())
     moved = (num_tokens != 0) & (np.array(statuses) == Status.OK)
     still = tuple(np.flatnonzero(~moved))
-    return Prediction(result=(statuses,), is_idle=not moved.any(), still_rows=still)
+    return Prediction(
+      result=(statuses,),
+      is_idle=not moved.any(),
+      still_rows=still,
+      statuses=tuple(statuses),
+    )
 
   def _predict_finish(self, mask, *, keep_prefix=True):
     is_published = not keep_prefix or self.oracle.num_pending() == 0
@@ -265,7 +297,10 @@ class Walk:
 def check_result(result, expected, before: Context) -> None:
   """Asserts that a verb reported what the oracle expects."""
   if result and isinstance(result[0], kvcache.StepMetadata):
-    walk_checks.check_metadata(result[0], *expected, before)
+    metadata, out = result
+    *plan, wanted = expected
+    walk_checks.check_metadata(metadata, *plan, before)
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, err_msg="attend")
     return
   leaves = jax.tree.leaves(result)
   assert len(leaves) == len(expected)

@@ -1,0 +1,1 @@
+"""How long the cache's work takes: `python -m benchmarks --help`."""

@@ -1,0 +1,196 @@
+"""The bookkeeping of a step: what the cache adds to every token of a model."""
+
+from collections.abc import Callable, Iterator
+import functools
+
+import jax
+from jax import Array, lax
+import jax.numpy as jnp
+
+from benchmarks import scenes, timing
+from benchmarks.report import Row, seconds
+import kvcache
+from kvcache import CacheConfig, Context, sampling, SchedulerConfig
+
+TITLE = "Bookkeeping of a step"
+S_SIZES = (64, 256, 1024)
+POOLS = ((1 << 12, 64), (1 << 12, 2048), (1 << 16, 64), (1 << 16, 2048))
+POOLS += ((1 << 20, 64), (1 << 20, 2048))
+QUICK_POOLS = ((1 << 12, 64), (1 << 20, 2048))
+MIXED_TOKENS = 256
+MODEL_VOCAB = 16
+
+# Targets hold for two CPU cores and S = 256.
+TARGET_S = 256
+IN_LOOP_US, CALL_US, SERVE_US, GROWTH = 20.0, 150.0, 40.0, 2.0
+
+
+def decode_step(ctx: Context, index: Array) -> Context:
+  """What one decode step costs beside the model and the loop."""
+  ones = jnp.ones(ctx.config.max_seqs, jnp.int32)
+  ctx, _ = kvcache.extend(ctx, ones)
+  metadata = kvcache.step_metadata(ctx, ones)
+  return kvcache.commit(ctx, metadata.positions + index, metadata)
+
+
+def extend_only(ctx: Context, index: Array) -> Context:
+  """`extend`, and the least that makes the next one allocate again."""
+  del index
+  table = ctx.sequences
+  ctx, _ = kvcache.extend(ctx, jnp.ones_like(table.seq_lens))
+  table = ctx.sequences.replace(seq_lens=table.seq_lens + 1)
+  return ctx.replace(sequences=table)
+
+
+def commit_only(ctx: Context, index: Array) -> Context:
+  """`commit` of one token per row, to an address that costs nothing to compute."""
+  rows = jnp.arange(ctx.config.max_seqs, dtype=jnp.int32)
+  slots = rows * scenes.BLOCK_SIZE + index % scenes.BLOCK_SIZE
+  zeros, ones = jnp.zeros_like(rows), jnp.ones_like(rows)
+  metadata = kvcache.StepMetadata(
+    seq_ids=rows,
+    positions=zeros,
+    slot_mapping=slots,
+    query_lens=ones,
+    seq_lens=ones,
+    cu_seqlens=jnp.arange(rows.size + 1, dtype=jnp.int32),
+    logits_indices=rows,
+    block_tables=ctx.sequences.block_tables,
+    is_decode=True,
+  )
+  return kvcache.commit(ctx, rows + index, metadata)
+
+
+def metadata_only(
+  state: tuple[Context, Array], index: Array, *, num_tokens: int | None
+) -> tuple[Context, Array]:
+  """`step_metadata` of a context that differs a little from step to step."""
+  ctx, _ = state
+  table = ctx.sequences
+  seq_lens = table.seq_lens + jnp.where(index % 2 == 0, -1, 1)
+  ctx = ctx.replace(sequences=table.replace(seq_lens=seq_lens))
+  rows = jnp.arange(ctx.config.max_seqs, dtype=jnp.int32)
+  query_lens = jnp.ones_like(rows)
+  if num_tokens is not None:  # Most rows decode, one computes a chunk.
+    is_chunk = rows == rows.size // 2
+    query_lens = jnp.where(is_chunk, num_tokens // 4, (rows % 4 > 0).astype(jnp.int32))
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  fields = (metadata.slot_mapping, metadata.positions, metadata.seq_ids)
+  fields += (metadata.cu_seqlens, metadata.seq_lens, metadata.logits_indices)
+  return ctx, jnp.concatenate(fields)
+
+
+def loop(step: Callable) -> Callable:
+  """`run(state, num)`: repeats a step on the device."""
+
+  def run(state, num: Array):
+    return lax.fori_loop(0, num, lambda index, state: step(state, index), state)
+
+  return jax.jit(run, donate_argnums=0)
+
+
+def thin_model(tokens: Array, metadata, ctx: Context) -> tuple[Array, Context]:
+  """As little of a model as can be: logits that depend on the tokens."""
+  vocab = jnp.arange(MODEL_VOCAB, dtype=jnp.int32)
+  last = tokens[metadata.logits_indices]
+  return ((last[:, None] + vocab[None]) % 7).astype(jnp.float32), ctx
+
+
+def serve_program(model: Callable, scheduler: SchedulerConfig) -> Callable:
+  """`run((ctx, requests), max_steps)`, jitted."""
+
+  def run(state, max_steps: Array):
+    ctx, requests = state
+    return kvcache.serve(
+      model,
+      ctx,
+      requests,
+      scheduler=scheduler,
+      sampler=sampling.greedy,
+      max_steps=max_steps,
+    )
+
+  return jax.jit(run, donate_argnums=0)
+
+
+def serve_seconds(config: CacheConfig, *, repeats: int) -> float:
+  """Time of a whole decode step of the loop, over a model that does nothing."""
+  S = config.max_seqs
+  per_row = min(config.max_blocks_per_seq, (config.num_blocks - 1) // S)
+  num_tokens = min(200, per_row * scenes.BLOCK_SIZE - 2)
+  requests = kvcache.make_requests(
+    [[row % MODEL_VOCAB] for row in range(S)], max_new_tokens=num_tokens
+  )
+  scheduler = SchedulerConfig(
+    token_budget=max(S, MIXED_TOKENS), max_admissions=S, defer_shared=False
+  )
+  run = serve_program(thin_model, scheduler)
+  state = run((scenes.empty(config), requests), jnp.int32(2))
+  # The rest of the steps happen in one go: nobody waits, ends or lacks a block.
+  length = num_tokens - 6
+  return timing.step_seconds(run, state, repeats=repeats, start=2, length=length)
+
+
+def measure(is_quick: bool) -> Iterator[Row]:
+  """Yields the rows of this section."""
+  repeats = 10 if is_quick else 30
+  decode: dict[tuple[int, int, int], float] = {}
+  serve: dict[tuple[int, int, int], float] = {}
+  for S in (TARGET_S,) if is_quick else S_SIZES:
+    for N, P in QUICK_POOLS if is_quick else POOLS:
+      config = scenes.make_config(S, N, P)
+      is_target = S == TARGET_S
+      row = functools.partial(
+        Row, section=TITLE, sizes=scenes.label(config), repeats=repeats
+      )
+
+      def us(value: float, what: str, *, target: float | None = None, row=row) -> Row:
+        return row(what=what, value=seconds(value, "us"), unit="us", target=target)
+
+      ctx, length = scenes.decoding(config)
+      kwargs = {"repeats": repeats, "length": length}
+      decode[S, N, P] = timing.step_seconds(loop(decode_step), ctx, **kwargs)
+      target = IN_LOOP_US if is_target else None
+      yield us(decode[S, N, P], "decode step, in a loop", target=target)
+      one = jax.jit(decode_step, donate_argnums=0)
+      value = timing.chain_seconds(one, ctx, jnp.int32(0), repeats=3, length=length)
+      target = CALL_US if is_target else None
+      yield us(value, "decode step, one host call", target=target)
+
+      if (N, P) in QUICK_POOLS:
+        for name, step in (("extend", extend_only), ("commit", commit_only)):
+          value = timing.step_seconds(loop(step), ctx, **kwargs)
+          yield us(value, f"{name}, in a loop")
+        for name, num in (("decode", None), (f"mixed T={MIXED_TOKENS}", MIXED_TOKENS)):
+          step = functools.partial(metadata_only, num_tokens=num)
+          width = 3 * (num or S) + 3 * S + 1
+          state = (ctx, jnp.zeros(width, jnp.int32))
+          value = timing.step_seconds(loop(step), state, **kwargs)
+          yield us(value, f"step_metadata ({name}), in a loop")
+
+      serve[S, N, P] = serve_seconds(config, repeats=repeats)
+      target = SERVE_US if is_target else None
+      yield us(serve[S, N, P], "decode step of serve, no model", target=target)
+  yield from _growth(decode, "decode step, in a loop", repeats)
+  yield from _growth(serve, "decode step of serve, no model", repeats)
+
+
+def _growth(
+  times: dict[tuple[int, int, int], float], what: str, repeats: int
+) -> Iterator[Row]:
+  """How much longer the largest cache takes than the smallest."""
+  for S in sorted({key[0] for key in times}):
+    smallest, *_, largest = sorted(key for key in times if key[0] == S)
+    yield Row(
+      section=TITLE,
+      what=f"{what}: growth",
+      sizes=f"S={S} {_pool(smallest)} to {_pool(largest)}",
+      value=times[largest] / times[smallest],
+      unit="x",
+      target=GROWTH if S == TARGET_S else None,
+      repeats=repeats,
+    )
+
+
+def _pool(key: tuple[int, int, int]) -> str:
+  return f"{scenes.short(key[1])}/{key[2]}"
