@@ -1,37 +1,70 @@
-"""Runs the benchmarks and writes `results/<device>.md` and `.json`."""
+"""Runs the benchmarks: `python -m benchmarks [--quick] [--only NAME] [--out DIR]`."""
 
 import argparse
-import pathlib
+from pathlib import Path
+import sys
+import time
 
-from benchmarks import bookkeeping, bulk, generation
-from benchmarks.report import Report
+import jax
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from benchmarks import bookkeeping, bulk, footprint, generation, lookup, report, verbs
+from benchmarks.report import Section
+
+ROOT = Path(__file__).parent
+SECTIONS = tuple(
+  Section(name=module.__name__.rpartition(".")[2], title=module.TITLE, measure=measure)
+  for module in (bookkeeping, verbs, bulk, lookup, footprint, generation)
+  for measure in (module.measure,)
+)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+  names = [section.name for section in SECTIONS]
+  parser.add_argument("--quick", action="store_true", help="a few sizes, few repeats")
+  parser.add_argument(
+    "--only",
+    action="append",
+    choices=names,
+    metavar="NAME",
+    help=f"only this section, may be given again: {', '.join(names)}",
+  )
+  parser.add_argument(
+    "--out",
+    type=Path,
+    default=ROOT / "results",
+    metavar="DIR",
+    help="where <device>.md and <device>.json are written",
+  )
+  return parser.parse_args(arguments)
 
 
 def main() -> None:
-  """Parses the command line and runs what it names."""
-  parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-  parser.add_argument("--quick", action="store_true", help="fewer sizes, no model")
-  parser.add_argument("--only", choices=("decode", "bulk", "lookup", "verbs", "model"))
-  parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
-  options = parser.parse_args()
-  report = Report()
-  parts = {
-    "decode": lambda: bookkeeping.measure_decode(report, quick=options.quick),
-    "bulk": lambda: bulk.measure(report),
-    "lookup": lambda: bulk.measure_lookup(report),
-    "verbs": lambda: bookkeeping.measure_verbs(report, quick=options.quick),
-    "model": lambda: generation.measure(report),
-  }
-  if options.only:
-    parts = {options.only: parts[options.only]}
-  elif options.quick:
-    del parts["model"]
-  for name, part in parts.items():
-    print(f"{name}:", flush=True)
-    part()
-  print("written:", report.write(options.out))
+  """Measures, prints each row as it comes, and writes the report."""
+  options = parse()
+  # Compiled programs are kept between runs; no compilation is ever timed.
+  jax.config.update("jax_compilation_cache_dir", str(ROOT.parent / ".cache" / "jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  wanted = [s for s in SECTIONS if not options.only or s.name in options.only]
+  facts = report.environment(is_quick=options.quick)
+  print(f"{facts['device']}, jax {facts['jax']}, python {facts['python']}", flush=True)
+  rows = []
+  for number, section in enumerate(wanted, start=1):
+    start = time.perf_counter()
+    print(f"\n[{number}/{len(wanted)}] {section.title}", flush=True)
+    try:
+      for row in section.measure(options.quick):
+        rows.append(row)
+        print(row, flush=True)
+    except generation.NoModelError as error:
+      print(f"  skipped: {error}", flush=True)
+    print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
+  if not rows:
+    sys.exit("nothing was measured")
+  for path in report.save(rows, facts, options.out):
+    print(f"wrote {path}")
+  num_missed = sum(row.is_met is False for row in rows)
+  print(f"{len(rows)} rows, {num_missed} above their target")
 
 
 if __name__ == "__main__":

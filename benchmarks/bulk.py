@@ -1,69 +1,88 @@
-"""A thousand sequences at once, and the lookup of one long prompt."""
+"""A thousand sequences of a thousand tokens: everything at once."""
+
+from collections.abc import Iterator
 
 import jax
+from jax import Array
 import jax.numpy as jnp
 
-from benchmarks import timing
-from benchmarks.bookkeeping import BLOCK_SIZE, config, live
-from benchmarks.report import Report
-import kvcache as kv
-from kvcache.context import Context
+from benchmarks import scenes, timing
+from benchmarks.report import Row, seconds
+import kvcache
+from kvcache import Context
 
-NUM_SEQS, NUM_TOKENS = 1000, 1000
-
-
-def measure(report: Report) -> None:
-  """Reserving, storing, publishing and releasing 1000 x 1000 tokens."""
-  ctx = live(config(NUM_SEQS, 1 << 17, 64))
-  query_lens = jnp.full(NUM_SEQS, NUM_TOKENS, jnp.int32)
-  total = NUM_SEQS * NUM_TOKENS
-  everyone = jnp.ones(NUM_SEQS, bool)
-  setting = "1000 x 1000 tokens"
-
-  def add(name: str, seconds: float, target: str = "") -> None:
-    report.add(name, setting, seconds * 1e3, "ms", target)
-
-  def reserve(ctx: Context) -> Context:
-    return kv.extend(ctx, query_lens, num_tokens=total)[0]
-
-  seconds, reserved = timing.seconds_per_call(reserve, ctx)
-  add("reserve", seconds, "<= 4")
-  seconds, _ = timing.seconds_per_call(kv.finish, reserved, everyone)
-  add("release what was reserved", seconds, "<= 1.5")
-  metadata = jax.jit(kv.step_metadata, static_argnames="num_tokens")(
-    reserved, query_lens, num_tokens=total
-  )
-  tokens = jax.random.randint(jax.random.key(0), (total,), 0, 1000, dtype=jnp.int32)
-  seconds, stored = timing.seconds_per_call(kv.commit, reserved, tokens, metadata)
-  add("commit", seconds)
-  seconds, published = timing.seconds_per_call(kv.publish, stored)
-  add("publish 62,000 blocks", seconds)
-  seconds, cached = timing.seconds_per_call(kv.finish, published, everyone)
-  add("release when published", seconds)
-  seconds, _ = timing.seconds_per_call(kv.evict, cached, jnp.int32(60_000))
-  add("evict 60,000 blocks", seconds)
+TITLE = "1000 rows of 1000 tokens"
+S = NUM_TOKENS = 1000
+N, P = 1 << 16, 64
+RESERVE_MS, RELEASE_MS = 4.0, 1.5
+TOTAL = S * NUM_TOKENS
 
 
-def measure_lookup(report: Report) -> None:
-  """Finding the cached prefix of a prompt of 1000 blocks, hashing included."""
-  length = 1000 * BLOCK_SIZE
-  prompt = jax.random.randint(jax.random.key(0), (1, length), 0, 1000, dtype=jnp.int32)
-  lengths = jnp.array([length])
-  for num_blocks in (1 << 12, 1 << 16, 1 << 20):
-    ctx = kv.init(config(4, num_blocks, 1024))
-    ctx, _ = jax.jit(kv.admit)(ctx, prompt, lengths)
+def reserve(ctx: Context, query_lens: Array) -> tuple[Context, Array]:
+  """Room for all tokens of all rows."""
+  return kvcache.extend(ctx, query_lens, num_tokens=TOTAL)
 
-    @jax.jit
-    def compute(ctx: Context) -> Context:
-      query_lens = jnp.zeros(4, jnp.int32).at[0].set(length)
-      ctx, _ = kv.extend(ctx, query_lens, num_tokens=length)
-      metadata = kv.step_metadata(ctx, query_lens, num_tokens=length)
-      return kv.publish(kv.commit(ctx, prompt[0], metadata))
 
-    ctx = compute(ctx)
-    found = kv.find(ctx, prompt, lengths)[1]
-    assert found[0] == 999, f"only {found[0]} blocks found"
-    seconds = timing.seconds_per_read(kv.find, ctx, prompt, lengths)
-    report.add(
-      "lookup of 1000 blocks", f"N={num_blocks}", seconds * 1e3, "ms", "<= 0.2"
+def commit(ctx: Context, tokens: Array, query_lens: Array) -> Context:
+  """All tokens of all rows."""
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=TOTAL)
+  return kvcache.commit(ctx, tokens, metadata)
+
+
+def measure(is_quick: bool) -> Iterator[Row]:
+  """Yields the rows of this section."""
+  repeats = 5 if is_quick else 20
+  config = scenes.make_config(S, N, P)
+
+  def timed(
+    what: str, run, ctx: Context, *arguments: Array, target: float | None = None
+  ):
+    run = jax.jit(run, donate_argnums=0)
+    value = timing.call_seconds(run, ctx, *arguments, repeats=repeats)
+    row = Row(
+      section=TITLE,
+      what=what,
+      sizes=scenes.label(config),
+      value=seconds(value, "ms"),
+      unit="ms",
+      target=target,
+      repeats=repeats,
     )
+    return row, run(timing.copy(ctx), *arguments)
+
+  tokens = scenes.prompts(S, NUM_TOKENS)
+  lengths = jnp.full(S, NUM_TOKENS, jnp.int32)
+  everyone = jnp.ones(S, bool)
+  admit = jax.jit(kvcache.admit, donate_argnums=0)
+  ctx, admission = admit(scenes.empty(config), tokens, lengths)
+  scenes.require_ok(admission.status)
+
+  what = "reserve, one extend"
+  row, (ctx, status) = timed(what, reserve, ctx, lengths, target=RESERVE_MS)
+  scenes.require_ok(status)
+  yield row
+  what = "release what is only reserved, one finish"
+  row, released = timed(what, kvcache.finish, ctx, everyone, target=RELEASE_MS)
+  _require(released, num_free=N - 1, num_evictable=0)
+  yield row
+  row, ctx = timed("commit, one step", commit, ctx, tokens.reshape(-1), lengths)
+  yield row
+
+  num_full = S * (NUM_TOKENS // scenes.BLOCK_SIZE)
+  row, published = timed(f"publish {num_full} blocks", kvcache.publish, ctx)
+  yield row
+  what = "release what is cached, one finish"
+  row, released = timed(what, kvcache.finish, published, everyone)
+  _require(released, num_free=N - 1 - num_full, num_evictable=num_full)
+  yield row
+  what = f"evict {num_full} blocks"
+  row, (evicted, _) = timed(what, kvcache.evict, released, jnp.int32(num_full))
+  _require(evicted, num_free=N - 1, num_evictable=0)
+  yield row
+
+
+def _require(ctx: Context, *, num_free: int, num_evictable: int) -> None:
+  found = (int(ctx.pool.num_free), int(ctx.prefix.num_evictable))
+  if found != (num_free, num_evictable):
+    expected = (num_free, num_evictable)
+    raise RuntimeError(f"free and evictable blocks are {found}, not {expected}")

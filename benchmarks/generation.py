@@ -1,105 +1,112 @@
-"""Tokens per second of the demo model, and the share of a step outside of the model."""
+"""Tokens per second with a real model, and what of a step is not the model's."""
 
+from collections.abc import Iterator
 import functools
-import time
 
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.report import Report
-import kvcache as kv
-from kvcache import sampling
-from kvcache.context import Context
-from kvcache.serve import Model
+from benchmarks import bookkeeping, timing
+from benchmarks.report import Row, seconds
+import kvcache
+from kvcache import CacheConfig, Context, models, nn, SchedulerConfig, StepMetadata
 
-PROMPT_LEN, NEW_TOKENS = 64, 64
+TITLE = "Generation with SmolLM2-135M, float32"
+CONCURRENCY = (1, 4, 16)
+QUICK_CONCURRENCY = (4,)
+PROMPT_LEN, NUM_NEW, MAX_LEN = 64, 64, 256
+NUM_TIMED = 16
+SCHEDULER = SchedulerConfig(token_budget=128, max_admissions=16)
 
 
-def measure(report: Report) -> None:
-  """Serves 1, 4 and 16 prompts at a time."""
-  from kvcache.models import load
-  from kvcache.nn import as_function
+class NoModelError(RuntimeError):
+  """The model is not installed."""
 
+
+def load() -> models.Loaded:
+  """The demo model."""
+  try:
+    return models.load(None)
+  except models.LoadError as error:
+    raise NoModelError(str(error)) from error
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def model_only(state: tuple, num: Array, model: jax.tree_util.Partial) -> tuple:
+  """The model's own work of `num` decode steps, all at the same positions."""
+
+  def body(_, state: tuple) -> tuple:
+    ctx, tokens, metadata = state
+    logits, ctx = lax.optimization_barrier(model(tokens, metadata, ctx))
+    # The next tokens depend on the logits, or the steps would be left out.
+    return ctx, jnp.where(logits[:, 0] > 1e9, 0, tokens), metadata
+
+  return lax.fori_loop(0, num, body, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def next_step(ctx: Context) -> tuple[Context, Array, StepMetadata]:
+  """The arguments of a model in the next decode step; any tokens will do."""
+  ones = jnp.ones(ctx.config.max_seqs, jnp.int32)
+  ctx, _ = kvcache.extend(ctx, ones)
+  metadata = kvcache.step_metadata(ctx, ones)
+  return ctx, metadata.positions, metadata
+
+
+def measure(is_quick: bool) -> Iterator[Row]:
+  """Yields the rows of this section."""
   loaded = load()
-  model = as_function(loaded.model)
-  for num in (1, 4, 16):
-    config = kv.CacheConfig(
-      layers=loaded.config.cache_layers(),
-      num_blocks=num * 16 + 1,
-      max_seqs=num,
-      max_seq_len=256,
+  model = nn.as_function(loaded.model)
+  repeats = 2 if is_quick else 5
+  for S in QUICK_CONCURRENCY if is_quick else CONCURRENCY:
+    yield from _measure_one(loaded, model, S, repeats)
+
+
+def _measure_one(
+  loaded: models.Loaded, model: jax.tree_util.Partial, S: int, repeats: int
+) -> Iterator[Row]:
+  config = CacheConfig(
+    layers=loaded.config.cache_layers(),
+    num_blocks=1 + S * MAX_LEN // 16,
+    max_seqs=S,
+    max_seq_len=MAX_LEN,
+  )
+  row = functools.partial(Row, section=TITLE, repeats=repeats, sizes=f"{S} prompts")
+  rng = np.random.default_rng(S)
+  prompts = rng.integers(100, loaded.config.vocab_size, size=(S, PROMPT_LEN)).tolist()
+
+  def rate() -> float:
+    """Tokens per second of all requests together; the time includes the prompts."""
+    slices = []
+    _, completions = kvcache.generate(
+      model,
+      kvcache.init(config),
+      prompts,
+      max_new_tokens=NUM_NEW,
+      scheduler=SCHEDULER,
+      slice_steps=1000,
+      on_slice=slices.append,
     )
-    prompts = jax.random.randint(jax.random.key(0), (num, PROMPT_LEN), 100, 40_000)
-    requests = kv.make_requests(prompts.tolist(), max_new_tokens=NEW_TOKENS + 1)
-    runs = serve_seconds(model, config, requests, repeats=3)
-    prefill, decode = map(min, zip(*runs, strict=True))
-    alone = model_seconds(model, config)
-    setting = f"{num} prompts of {PROMPT_LEN}"
-    per_step = decode / NEW_TOKENS
-    report.add("generation", setting, num * NEW_TOKENS / decode, "tokens/s")
-    report.add("prompts", setting, num * PROMPT_LEN / prefill, "tokens/s")
-    report.add("decode step", setting, per_step * 1e3, "ms")
-    report.add("decode step, model alone", setting, alone * 1e3, "ms")
-    outside = max(0.0, 100 * (per_step - alone) / per_step)
-    report.add("share outside of the model", setting, outside, "%")
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+    return num_tokens / slices[-1].seconds
 
+  rate()  # Compiles.
+  what = f"generate {NUM_NEW} tokens each from prompts of {PROMPT_LEN}"
+  yield row(what=what, value=max(rate() for _ in range(repeats)), unit="tokens/s")
 
-def serve_seconds(
-  model: Model, config: kv.CacheConfig, requests: kv.Requests, *, repeats: int
-) -> list[tuple[float, float]]:
-  """Seconds of the prompts, and of the decode steps after them, of each run."""
-  serve = jax.jit(
-    functools.partial(kv.serve, sampler=sampling.greedy), donate_argnums=(1, 2)
+  num_prefill = 3 + S * PROMPT_LEN // (SCHEDULER.token_budget - S)
+  requests = kvcache.make_requests(prompts, max_new_tokens=MAX_LEN - PROMPT_LEN)
+  run = functools.partial(bookkeeping.serve_program(SCHEDULER), model=model)
+  state = run((kvcache.init(config), requests), jnp.int32(num_prefill))
+  kwargs = {"repeats": repeats, "shortest": 1, "length": NUM_TIMED}
+  whole = timing.step_seconds(run, state, **kwargs)
+  yield row(what="decode step of serve", value=seconds(whole, "ms"), unit="ms")
+  run = functools.partial(model_only, model=model)
+  alone = timing.step_seconds(run, next_step(state[0]), **kwargs)
+  yield row(what="the model alone", value=seconds(alone, "ms"), unit="ms")
+  outside = 100 * (1 - alone / whole)
+  yield row(
+    what="share outside of the model, sampling included", value=outside, unit="%"
   )
-  num_tokens = requests.num_requests * PROMPT_LEN
-  num_mixed = -(-num_tokens // kv.SchedulerConfig().token_budget)
-  seconds = []
-  for _ in range(repeats + 1):
-    state = kv.init(config), jax.tree.map(jnp.copy, requests)
-    jax.block_until_ready(state)
-    start = time.perf_counter()
-    state = serve(model, *state, max_steps=jnp.int32(num_mixed))
-    jax.block_until_ready(state)
-    middle = time.perf_counter()
-    _, served = serve(model, *state, max_steps=jnp.int32(10**6))
-    jax.block_until_ready(served)
-    seconds.append((middle - start, time.perf_counter() - middle))
-    assert (served.lengths == PROMPT_LEN + NEW_TOKENS + 1).all()
-  return seconds[1:]  # The first one compiled.
-
-
-def model_seconds(model: Model, config: kv.CacheConfig) -> float:
-  """Seconds of one decode step of the model alone, at the mean length of a run."""
-  steps = 16
-  ctx = kv.init(config)
-  length = PROMPT_LEN + NEW_TOKENS // 2
-  prompts = jnp.ones((config.max_seqs, length), jnp.int32)
-  prompts += jnp.arange(config.max_seqs, dtype=jnp.int32)[:, None]
-  lengths = jnp.full(config.max_seqs, length)
-  ctx, _ = jax.jit(kv.admit)(ctx, prompts, lengths)
-  total = config.max_seqs * length
-  ctx, _ = jax.jit(kv.extend, static_argnames="num_tokens")(
-    ctx, lengths, num_tokens=total
-  )
-  table = ctx.sequences.replace(seq_lens=lengths - 1)
-  ctx = ctx.replace(sequences=table)
-
-  @functools.partial(jax.jit, donate_argnums=1)
-  def loop(model: Model, ctx: Context) -> tuple[Context, Array]:
-    ones = jnp.ones(config.max_seqs, jnp.int32)
-    metadata = kv.step_metadata(ctx, ones)
-
-    def body(_: Array, state: tuple[Context, Array]) -> tuple[Context, Array]:
-      ctx, tokens = state
-      logits, ctx = model(tokens, metadata, ctx)
-      return ctx, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    return lax.fori_loop(0, steps, body, (ctx, ones))
-
-  best = float("inf")
-  for _ in range(4):
-    start = time.perf_counter()
-    ctx, _ = jax.block_until_ready(loop(model, ctx))
-    best = min(best, time.perf_counter() - start)
-  return best / steps

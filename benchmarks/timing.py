@@ -5,12 +5,14 @@ repeat gets a fresh copy of the state, made before the clock starts.
 """
 
 from collections.abc import Callable
-import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_NUM_TIMED = 32
+"""Iterations of a long call: short enough to be undisturbed now and then."""
 
 copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 """Copies a tree of arrays, so that the copy may be donated."""
@@ -27,12 +29,7 @@ def call_seconds(
     *arguments: Not donated.
     repeats: Timed calls, after one that compiles.
   """
-  times = []
-  for _ in range(repeats + 1):
-    fresh = jax.block_until_ready(copy(state))
-    start = time.perf_counter()
-    jax.block_until_ready(run(fresh, *arguments))
-    times.append(time.perf_counter() - start)
+  times = [_timed(run, _fresh(state), *arguments)[0] for _ in range(repeats + 1)]
   return min(times[1:])
 
 
@@ -50,11 +47,10 @@ def chain_seconds(
   """
   times = []
   for _ in range(repeats):
-    fresh = jax.block_until_ready(run(copy(state), *arguments))
+    fresh = run(_fresh(state), *arguments)
     for _ in range(length - 1):
-      start = time.perf_counter()
-      fresh = jax.block_until_ready(run(fresh, *arguments))
-      times.append(time.perf_counter() - start)
+      seconds, fresh = _timed(run, fresh, *arguments)
+      times.append(seconds)
   return min(times)
 
 
@@ -64,36 +60,47 @@ def step_seconds(
   *,
   repeats: int,
   length: int,
-  start: int = 0,
+  shortest: int = 0,
 ) -> float:
   """Time per iteration of `run(state, num)`, which repeats a step `num` times.
 
-  The difference of two calls, so that what happens once per call does not count.
+  The difference of a long call and a short one that follow each other, so that what
+  happens once per call does not count.
 
   Args:
-    run: Jitted, with the state donated and the number traced.
-    state: Copied for each call.
-    repeats: Timed pairs of calls.
-    length: Iterations of the longer call.
-    start: Iterations of the shorter one.
+    run: Jitted, with the state donated and the number traced; returns the next state.
+    state: Start of each chain of calls.
+    repeats: Chains, after one that compiles.
+    length: Iterations in a chain, as many as leave the state's nature unchanged.
+    shortest: Iterations of a short call.
   """
-  counts = [jnp.int32(start), jnp.int32(length)]
-  times: list[list[float]] = [[], []]
-  for _ in range(repeats + 1):
-    for num, seconds in zip(counts, times, strict=True):
-      fresh = jax.block_until_ready(copy(state))
-      begin = time.perf_counter()
-      jax.block_until_ready(run(fresh, num))
-      seconds.append(time.perf_counter() - begin)
-  short, long = (min(seconds[1:]) for seconds in times)
-  return max(long - short, 0.0) / (length - start)
+  num = min(_NUM_TIMED, length - 3 * shortest)
+  num_pairs = max(1, (length - shortest) // (num + 2 * shortest))
+  short, long = jnp.int32(shortest), jnp.int32(shortest + num)
+  times: list[tuple[float, float]] = []
+  for repeat in range(repeats + 1):
+    fresh = run(_fresh(state), short)
+    for _ in range(num_pairs):
+      before, fresh = _timed(run, fresh, short)
+      after, fresh = _timed(run, fresh, long)
+      times += [(before, after)] if repeat else []
+  before, after = (min(column) for column in zip(*times, strict=True))
+  return max(after - before, 0.0) / num
 
 
-def median_seconds(run: Callable[[], Any], *, repeats: int) -> float:
-  """Median time of `run()`, which waits for its results itself."""
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    run()
-    times.append(time.perf_counter() - start)
-  return statistics.median(times)
+def steady_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:
+  """Best time of a call that keeps its arguments, dispatch included."""
+  times = [_timed(run, *arguments)[0] for _ in range(repeats + 1)]
+  return min(times[1:])
+
+
+def _fresh(state: Any) -> Any:
+  return jax.block_until_ready(copy(state))
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+  """The result is handed back, since freeing it takes time as well."""
+  jax.block_until_ready(arguments)
+  start = time.perf_counter()
+  result = jax.block_until_ready(run(*arguments))
+  return time.perf_counter() - start, result

@@ -27,7 +27,7 @@ from kvcache.requests import (
 
 Policy = Callable[[Context, Requests], Array]
 
-_LAST = 2**31 - 1
+_FIRST, _LAST = -(2**31), 2**31 - 1
 
 
 def first_come_first_served(ctx: Context, requests: Requests) -> Array:
@@ -184,7 +184,7 @@ def _preempt(
     batch = running(ctx, requests)
     live = ctx.sequences.is_active
     at = jnp.minimum(batch.request_ids, requests.num_requests - 1)
-    rank = jnp.where(live, policy(ctx, requests)[at], -1)
+    rank = jnp.where(live, policy(ctx, requests)[at], _FIRST)
     victim = jnp.argmax(rank).astype(jnp.int32)
     row = jnp.arange(live.shape[0], dtype=jnp.int32)
     ctx = lifecycle.finish_published(ctx, live & (row == victim))

@@ -128,13 +128,17 @@ def one_reference_too_many(ctx):
   return change(ctx, "pool", ref_counts={3: 3})
 
 
-@breaks(
-  "ids in a row are distinct",
-  "blocks that are not frozen have one reference and are not cached",
-  "a shared block is cached, or its rows are sealed",
-)
+@breaks("ids in a row are distinct")
 def same_block_twice(ctx):
-  ctx = change(ctx, "sequences", block_tables={(1, 2): 7}, num_blocks={1: 3})
+  ctx = change(
+    ctx,
+    "sequences",
+    block_tables={(1, 2): 7},
+    num_blocks={1: 3},
+    seq_lens={1: 12},
+    num_frozen={1: 3},
+    is_sealed={1: True},
+  )
   return change(ctx, "pool", ref_counts={7: 2})
 
 

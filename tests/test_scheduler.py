@@ -52,35 +52,8 @@ def step(ctx, requests, scheduler):
   return ctx, rq.store_batch(requests, batch), plan, status, seq_ids
 
 
-def make(prompts, max_new_tokens=1, *, width=WIDTH, num=Q, **kwargs):
-  """Requests in arrays of one size, so that nothing is compiled twice."""
-  requests = rq.make_requests(prompts, max_new_tokens=max_new_tokens, **kwargs)
-  requests = requests.replace(
-    tokens=jnp.pad(requests.tokens, ((0, 0), (0, width - requests.capacity)))
-  )
-  padding = num - len(prompts)
-  grow = functools.partial(_pad_rows, padding)
-  requests = jax.tree.map(lambda x: grow(x) if x.ndim else x, requests)
-  return absent(requests, range(len(prompts), num))
-
-
-def _pad_rows(padding, array):
-  return jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
-
-
-def absent(requests, ids):
-  """Requests that have not arrived, or never will."""
-  at = jnp.asarray(list(ids), jnp.int32)
-  done = int(RequestStatus.FINISHED)
-  return requests.replace(
-    status=requests.status.at[at].set(done), seq_ids=requests.seq_ids.at[at].set(-1)
-  )
-
-
-def arrive(requests, ids):
-  at = jnp.asarray(list(ids), jnp.int32)
-  waiting = int(RequestStatus.WAITING)
-  return requests.replace(status=requests.status.at[at].set(waiting))
+def make(prompts, max_new_tokens=1, *, num=Q, width=WIDTH, **kwargs):
+  return toy.make_requests(prompts, max_new_tokens, num=num, width=width, **kwargs)
 
 
 def prompt_of(length, seed=0):
@@ -104,17 +77,11 @@ def planned(ctx, requests, scheduler=BUDGET):
   return run(ctx, requests, 1, scheduler)[2][0]
 
 
-def outputs(requests):
-  host = jax.device_get(requests)
-  spans = zip(host.tokens, host.prompt_lens, host.lengths, strict=True)
-  return [tokens[begin:end].tolist() for tokens, begin, end in spans]
-
-
 def assert_as_if_alone(requests, prompts, max_new_tokens, sizes):
   alone = toy.expected(
     prompts, max_new_tokens, max_tokens_per_seq=sizes.max_tokens_per_seq
   )
-  assert outputs(requests)[: len(prompts)] == [want.tokens for want in alone]
+  assert toy.outputs(requests)[: len(prompts)] == [want.tokens for want in alone]
 
 
 # Chunks.
@@ -123,10 +90,10 @@ def assert_as_if_alone(requests, prompts, max_new_tokens, sizes):
 def test_a_long_prompt_is_cut_beside_rows_that_decode():
   prompts = [prompt_of(5, 1), prompt_of(5, 2), prompt_of(5, 3), prompt_of(200)]
   news = [8, 8, 8, 3]
-  requests = absent(make(prompts, news), [3])
+  requests = toy.absent(make(prompts, news), [3])
   ctx, requests, plans = run(toy.fresh(ROOMY), requests, 2)
   assert plans == [{0: 5, 1: 5, 2: 5}, {0: 1, 1: 1, 2: 1}]
-  ctx, requests, plans = run(ctx, arrive(requests, [3]), 6)
+  ctx, requests, plans = run(ctx, toy.arrive(requests, [3]), 6)
   assert [plan[3] for plan in plans] == [61, 61, 61, 17, 1, 1]
   assert all(plan[i] == 1 for plan in plans for i in range(3))
   _, requests, _ = run(ctx, requests, 1)
@@ -153,7 +120,7 @@ def test_rows_end_and_begin_beside_prompts():
 
 
 def test_a_step_for_nobody_is_empty():
-  requests = absent(make([[1]]), [0])
+  requests = toy.absent(make([[1]]), [0])
   ctx, requests, plan, _, _ = step(toy.fresh(ROOMY), requests, BUDGET)
   assert not np.any(plan.query_lens) and not plan.has_prefill and not plan.is_stalled
   assert sorted(np.asarray(plan.order).tolist()) == list(range(S))
@@ -243,12 +210,12 @@ def test_no_more_than_max_admissions_are_admitted_in_a_step():
 def test_what_can_never_fit_is_refused_and_does_not_block_the_others():
   too_long = [1] * (TIGHT.max_tokens_per_seq + 1)
   requests = make([[], too_long, [5, 6], too_long], 2, num=4, width=40)
-  _, requests, plans = run(toy.fresh(TIGHT), requests, 1, FRUGAL)
-  assert plans == [{2: 2}]
+  _, requests, plans = run(toy.fresh(TIGHT), requests, 2, FRUGAL)
+  assert plans == [{2: 2}, {2: 1}]  # the last one waited for its equal
   refused = [Status(code) for code in np.asarray(requests.refusals)]
   assert refused == [Status.EMPTY, Status.TOO_LONG, Status.OK, Status.TOO_LONG]
   reasons = [FinishReason(code).name for code in np.asarray(requests.finish_reason)]
-  assert reasons == ["REFUSED", "REFUSED", "NONE", "REFUSED"]
+  assert reasons == ["REFUSED", "REFUSED", "LENGTH", "REFUSED"]
   finished = np.asarray(requests.status) == RequestStatus.FINISHED
   assert finished.tolist() == [True, True, False, True]
 
@@ -256,9 +223,9 @@ def test_what_can_never_fit_is_refused_and_does_not_block_the_others():
 def test_a_prompt_without_blocks_waits_and_stalls_later_ones():
   # 8 blocks. The first holds 4; the second would need 5, the third only 1.
   prompts = [prompt_of(16), prompt_of(20), prompt_of(3)]
-  requests = absent(make(prompts, 9, num=4, width=40), [1, 2])
+  requests = toy.absent(make(prompts, 9, num=4, width=40), [1, 2])
   ctx, requests, _ = run(toy.fresh(TIGHT), requests, 2, FRUGAL)
-  _, after, plan, _, _ = step(ctx, arrive(requests, [1, 2]), FRUGAL)
+  _, after, plan, _, _ = step(ctx, toy.arrive(requests, [1, 2]), FRUGAL)
   assert plan.is_stalled
   running, waiting = RequestStatus.RUNNING, RequestStatus.WAITING
   assert np.asarray(after.status).tolist()[:3] == [running, waiting, waiting]
@@ -278,10 +245,10 @@ def test_the_watermark_is_kept_free_by_eviction():
 
 def test_without_a_watermark_nothing_is_evicted_before_it_is_needed():
   requests = make([prompt_of(28), prompt_of(3)], 5, num=4, width=40)
-  ctx, requests, _ = run(toy.fresh(TIGHT), absent(requests, [1]), 9, FRUGAL)
+  ctx, requests, _ = run(toy.fresh(TIGHT), toy.absent(requests, [1]), 9, FRUGAL)
   stats = kvcache.stats(ctx)
   assert (stats.num_free, stats.num_evictable) == (0, 8)
-  ctx, _, _ = run(ctx, arrive(requests, [1]), 1, FRUGAL)
+  ctx, _, _ = run(ctx, toy.arrive(requests, [1]), 1, FRUGAL)
   stats = kvcache.stats(ctx)
   assert (stats.num_free, stats.num_evictable, stats.num_in_use) == (0, 7, 1)
 

@@ -9,7 +9,6 @@ from a request alone: it knows nothing of blocks, rows, steps or neighbours.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 
 import jax
 from jax import lax
@@ -17,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvcache
-from kvcache import AttentionLayer, CacheConfig, sampling, SamplingParams
+from kvcache import (
+  AttentionLayer,
+  CacheConfig,
+  Requests,
+  RequestStatus,
+  sampling,
+  SamplingParams,
+)
+from kvcache.requests import NO_TOKEN
 
 VOCAB = 32
 NEVER = 2**30  # as `max_new_tokens`: only a stop token or the end of memory ends it
@@ -33,6 +40,55 @@ def fresh(sizes: CacheConfig, **kwargs) -> kvcache.Context:
   """Makes a context where what was never written is NaN."""
   ctx = kvcache.init(sizes, **kwargs)
   return ctx.replace(kv=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), ctx.kv))
+
+
+def make_requests(
+  prompts, max_new_tokens=1, *, num: int, width: int, num_stops: int = 2, **kwargs
+) -> Requests:
+  """Makes requests in arrays of given sizes, so that few sizes are ever compiled.
+
+  The requests that fill up to `num` have not arrived.
+  """
+  requests = kvcache.make_requests(prompts, max_new_tokens=max_new_tokens, **kwargs)
+
+  def widen(x, columns, value=0):
+    padding = ((0, 0), (0, columns - x.shape[1]))
+    return jnp.pad(x, padding, constant_values=value)
+
+  logprobs = requests.logprobs
+  requests = requests.replace(
+    tokens=widen(requests.tokens, width),
+    logprobs=None if logprobs is None else widen(logprobs, width),
+    stop_tokens=widen(requests.stop_tokens, num_stops, NO_TOKEN),
+  )
+  more = num - len(prompts)
+
+  def lengthen(x):
+    return jnp.pad(x, ((0, more), (0, 0))[: x.ndim]) if x.ndim else x
+
+  return absent(jax.tree.map(lengthen, requests), range(len(prompts), num))
+
+
+def absent(requests: Requests, ids: Sequence[int]) -> Requests:
+  """Makes requests that have not arrived yet, or never will."""
+  at = jnp.asarray(list(ids), jnp.int32)
+  done = int(RequestStatus.FINISHED)
+  return requests.replace(
+    status=requests.status.at[at].set(done), seq_ids=requests.seq_ids.at[at].set(-1)
+  )
+
+
+def arrive(requests: Requests, ids: Sequence[int]) -> Requests:
+  """Lets absent requests arrive."""
+  at = jnp.asarray(list(ids), jnp.int32)
+  waiting = int(RequestStatus.WAITING)
+  return requests.replace(status=requests.status.at[at].set(waiting))
+
+
+def outputs(requests: Requests) -> list[list[int]]:
+  """The tokens that each request has generated so far."""
+  host = jax.device_get((requests.tokens, requests.prompt_lens, requests.lengths))
+  return [row[begin:end].tolist() for row, begin, end in zip(*host, strict=True)]
 
 
 # The hashes, for NumPy and JAX alike.
@@ -104,7 +160,7 @@ def expected(
   max_new_tokens: int | Sequence[int],
   *,
   max_tokens_per_seq: int,
-  stop_tokens: Sequence[int] = (),
+  stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
   namespaces: Sequence[int] | None = None,
   params: Sequence[SamplingParams] | None = None,
 ) -> list[Expected]:
@@ -116,6 +172,7 @@ def expected(
   spaces = np.array(namespaces or [0] * num, np.int64).astype(np.uint32)
   wanted = np.broadcast_to(np.asarray(max_new_tokens, np.int64), num)
   sums, totals = np.zeros(num, np.uint32), np.zeros(num, np.uint32)
+  stops = _stop_table(stop_tokens, num)
   lens = np.zeros(num, np.int64)
   reasons = np.full(num, "refused", dtype=object)
   prompt_lens = np.array([len(p) for p in prompts])
@@ -150,8 +207,8 @@ def expected(
     # The last token is sampled and never stored, so one more fits than is stored.
     is_full = live & (lens == max_tokens_per_seq)
     has_all = live & (num_new >= wanted)
-    stops = live & np.isin(chosen, list(stop_tokens))
-    for reason, mask in (("capacity", is_full), ("length", has_all), ("stop", stops)):
+    is_stop = live & (stops == chosen[:, None]).any(axis=1)
+    for reason, mask in (("capacity", is_full), ("length", has_all), ("stop", is_stop)):
       reasons[mask] = reason
       live = live & ~mask
     take(chosen.astype(np.uint32), live)
@@ -160,4 +217,13 @@ def expected(
   ]
 
 
-_draw = jax.jit(functools.partial(sampling.sample))
+def _stop_table(stop_tokens, num: int) -> np.ndarray:
+  is_nested = len(stop_tokens) > 0 and np.ndim(stop_tokens[0]) > 0
+  lists = stop_tokens if is_nested else [stop_tokens] * num
+  table = np.full((num, max(1, *map(len, lists))), NO_TOKEN)
+  for row, entry in zip(table, lists, strict=True):
+    row[: len(entry)] = entry
+  return table
+
+
+_draw = jax.jit(sampling.sample)

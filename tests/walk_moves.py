@@ -48,6 +48,7 @@ CONFIGS = {
     num_tokens=6,
     vocab=2,
     width=17,
+    phases=("fill", "decode", "crowd", "speculate"),
     prompt_blocks=5,
   ),
   "long_decode": WalkConfig(
@@ -56,7 +57,7 @@ CONFIGS = {
     ),
     num_tokens=24,
     width=60,
-    phases=("fill", "decode", "decode", "decode", "speculate", "churn"),
+    phases=("fill", "decode", "decode", "decode", "speculate"),
     prompt_blocks=8,
   ),
   "single_row": WalkConfig(
@@ -65,6 +66,7 @@ CONFIGS = {
     width=20,
     num_forks=1,
     vocab=2,
+    phases=("alone",),
   ),
 }
 
@@ -123,6 +125,15 @@ PHASES = {
     "rewind": 2,
     "reset": 0.1,
   },
+  "alone": {
+    "admit": 2,
+    "extend+step": 6,
+    "extend+speculate": 2,
+    "extend_decode+step_decode": 6,
+    "rewind": 2,
+    "finish": 1,
+    "evict": 1,
+  },
   "restart": {"admit": 4, "extend+step": 8, "publish": 1, "reset_keep": 1},
 }
 
@@ -177,8 +188,8 @@ class Proposer:
     A, width = self.config.num_admissions, self.config.width
     prompts = [self._prompt()[:width] for _ in range(A)]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if self._chance(0.1):
-      bad = [0, -1, INT_MIN, width, width + 1, INT_MAX]
+    if self._chance(0.2):
+      bad = [0, -1, INT_MIN, width, width + 1, width + 2, INT_MAX]
       lengths[self.rng.integers(A)] = self.rng.choice(bad)
     tokens = self.rng.integers(self.config.vocab, size=(A, width), dtype=np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
