@@ -7,7 +7,6 @@ import struct
 
 import gguf
 import jax
-from tests.model_runs import admit, context_for, feed, greedy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,6 +15,7 @@ from kvcache import models
 from kvcache.models import errors, load, LoadError, loading
 from kvcache.models.gguf import read_gguf
 from kvcache.nn import as_function
+from tests.model_runs import admit, context_for, feed, greedy
 
 GOLDENS = Path(__file__).parent / "goldens"
 TINY = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")

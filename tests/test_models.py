@@ -5,13 +5,21 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from tests.model_runs import admit, context_for, decode, dense_logits, feed, greedy, run_step
 import numpy as np
 import pytest
 
 import kvcache
 from kvcache.models import Llama, LlamaConfig
 from kvcache.nn import as_function
+from tests.model_runs import (
+  admit,
+  context_for,
+  decode,
+  dense_logits,
+  feed,
+  greedy,
+  run_step,
+)
 
 BASE = LlamaConfig(
   vocab_size=40,

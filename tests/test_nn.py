@@ -4,7 +4,6 @@ import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from tests.model_runs import admit, context_for, run_step
 import numpy as np
 import pytest
 
@@ -21,6 +20,7 @@ from kvcache.nn import (
   Rotary,
 )
 from kvcache.nn.linear import multiply
+from tests.model_runs import admit, context_for, run_step
 
 RNG = np.random.default_rng(0)
 

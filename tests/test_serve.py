@@ -448,7 +448,7 @@ def test_a_budget_below_the_number_of_rows_is_an_error():
   scheduler = SchedulerConfig(token_budget=5)
   ctx, requests = toy.fresh(CROWDED.sizes), CROWDED.requests([[1]])
   for run in (kvcache.serve, kvcache.step):
-    with pytest.raises(ValueError, match="token_budget=5 .*max_seqs=6"):
+    with pytest.raises(ValueError, match=r"token_budget=5 .*max_seqs=6"):
       run(toy.model, ctx, requests, scheduler=scheduler)
 
 
