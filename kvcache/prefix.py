@@ -5,14 +5,15 @@ Two structures over the same `N` blocks:
 *   A set-associative table from hash to block. A bucket has a fixed number of ways,
     each a tag beside a block id; a lookup reads them all. A block knows its own way, so
     removing it clears that way directly: no tombstones, no probing. An insert that
-    finds its bucket full is given up; a block that is not indexed is only a lost hit.
+    finds its bucket full, or its tag there with other tokens, is given up; a block that
+    is not indexed is only a lost hit.
 *   A ring of evictable blocks in the order in which their last holder let go, children
     before parents. An entry counts while its block's `queue_pos` still names it, so
     taking a block out of the middle is one store. Ring order is least recently used
     with leaves first, because every holder of a child also holds its parent.
 
 A hit is exact: tokens, namespace and the parent block are compared, never the hash
-  alone.
+alone.
 """
 
 import flax.struct
@@ -250,14 +251,15 @@ def insert(
   is_true_hit = is_hit & (index.parent[candidates] == parents)
 
   # New blocks take the first empty way, counted from a place the tag chooses, so that
-  # two blocks of one call rarely want the same one. If they do, the earlier entry wins.
+  # two blocks of one call rarely want the same one, and two with one tag always do. The
+  # earlier entry wins. So a bucket never holds a tag twice, and one compare is enough.
   num_ways = index.way_ids.shape[1]
   turn = (hashes[:, 1] % jnp.uint32(num_ways)).astype(jnp.int32)
   ways = (turn[:, None] + jnp.arange(num_ways, dtype=jnp.int32)[None]) % num_ways
   is_empty = jnp.take_along_axis(ids, ways, axis=1) == NULL_BLOCK
   way = jnp.take_along_axis(ways, jnp.argmax(is_empty, axis=1)[:, None], axis=1)[:, 0]
   place = buckets * num_ways + way
-  wants = is_valid & ~is_hit & jnp.any(is_empty, axis=1)
+  wants = is_valid & (candidates == NULL_BLOCK) & jnp.any(is_empty, axis=1)
   flat_ids = index.way_ids.reshape(-1)
   num_places = flat_ids.shape[0]
   marks = entry + _MARK
@@ -334,7 +336,8 @@ def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
   def compact(index: PrefixIndex) -> PrefixIndex:
     at = jnp.arange(index.queue.shape[0], dtype=jnp.int32)
     counts = (at >= index.queue_head) & (at < index.queue_tail)
-    counts &= index.queue_pos[index.queue] == at + 1
+    # Not `at + 1` on the other side: it would be hoisted and computed in every call.
+    counts &= index.queue_pos[index.queue] - 1 == at
     to = ragged.masked(ragged.ranks(counts), counts, index.queue.shape[0])
     block = ragged.masked(index.queue, counts, index.num_blocks)
     return index.replace(

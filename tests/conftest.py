@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +24,13 @@ hypothesis.settings.register_profile(
   "house", derandomize=True, database=None, deadline=None
 )
 hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """Drops a module's compiled programs when it ends.
+
+  Each holds dozens of memory maps on CPU, and a process may have some 65,000.
+  """
+  yield
+  jax.clear_caches()

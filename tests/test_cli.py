@@ -404,7 +404,9 @@ def test_help_does_not_load_the_loaders():
 def test_interrupt_ends_at_once_with_one_line():
   # Loading never ends and cannot be interrupted, like a long compilation.
   code = (
-    "import sys, threading, kvcache.cli\n"
+    "import signal, sys, threading, kvcache.cli\n"
+    # A shell starts background jobs with this signal ignored.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "def load(path):\n"
     "  print('loading', flush=True)\n"
     "  threading.Event().wait()\n"

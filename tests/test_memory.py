@@ -158,20 +158,7 @@ def test_no_instruction_writes_a_whole_pool(name):
   assert not [str(i) for i in compiled(name).module.rewrites(elements)]
 
 
-# Programs that release hold the ring's compaction, O(ring) by design; this reader does
-# not yet tell its one fusion of the ring's size from a rewrite.
-COMPACTS = ("rewind", "finish", "abandon", "reset_keep", "step", "serve")
-
-
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=pytest.mark.xfail(reason="ring compaction"))
-    if name in COMPACTS
-    else name
-    for name in KEEPS_TABLES
-  ],
-)
+@pytest.mark.parametrize("name", KEEPS_TABLES)
 def test_no_instruction_writes_a_whole_table(name):
   assert not table_rewrites(compiled(name).module)
 

@@ -25,9 +25,6 @@ from kvcache import (
 from kvcache import scheduler as sch
 from tests import toy_model as toy
 
-# Young: test_blocks_of_one_token fails and is to be explained first.
-pytestmark = pytest.mark.slow
-
 FOREVER = 2**31 - 1
 draw = functools.partial(sampling.sample, use_top_k=False, use_top_p=False)
 
@@ -236,9 +233,24 @@ def test_fewer_requests_than_rows(num):
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_of_one_token(seed):
   rng = np.random.default_rng(seed)
-  prompts = random_prompts(rng, SINGLES.num, longest=10)
+  base = rng.integers(0, toy.VOCAB, 6).tolist()
+  prompts = [[*base[: 3 + i % 4], i] for i in range(SINGLES.num)]
   _, requests = check(SINGLES, prompts, rng.integers(1, 5, SINGLES.num))
-  assert int(requests.num_cached.sum()) > 0
+  assert int(requests.num_cached.sum()) >= SINGLES.num
+
+
+def test_policies_may_be_negative():
+  def last_come_first_served(ctx, requests):
+    return -1 - jnp.arange(requests.num_requests, dtype=jnp.int32)
+
+  scheduler = SchedulerConfig(
+    token_budget=8, max_admissions=4, admission=last_come_first_served
+  )
+  sizes = toy.config(num_blocks=7, block_size=4, max_seqs=4, max_seq_len=24)
+  case = Case(sizes=sizes, scheduler=scheduler, num=3, width=25)
+  prompts = [[first, 2, 3, 4, 5] for first in range(3)]
+  _, requests = check(case, prompts, 16)
+  assert int(requests.num_preemptions.sum()) > 0
 
 
 @pytest.mark.parametrize("num_blocks", TINY)
@@ -300,8 +312,7 @@ def test_what_can_never_fit_is_refused_for_good(case, length, status):
   rng = np.random.default_rng(length)
   hopeless = rng.integers(0, toy.VOCAB, length).tolist()
   prompts = [hopeless[:3] or [1], hopeless, hopeless[:2] or [2], [3], hopeless]
-  capacity = {"capacity": case.width}
-  _, requests = check(case, prompts, 3, **capacity)
+  _, requests = check(case, prompts, 3)
   refusals = [Status(code) for code in requests.refusals[:5].tolist()]
   assert refusals == [Status.OK, status, Status.OK, Status.OK, status]
   assert status.is_permanent
@@ -458,7 +469,7 @@ def test_a_budget_below_the_number_of_rows_is_an_error():
 # On the host.
 
 PROMPTS = [*([i, 1, 2, 3, 4] for i in range(8)), [], [1] * 70]
-NEWS = [3, 9, 1, 20, toy.NEVER, 5, 2, 7, 4, 4]
+NEWS = [3, 50, 1, 60, toy.NEVER, 40, 2, 30, 4, 4]
 
 
 @pytest.fixture(scope="module")
@@ -517,9 +528,11 @@ def test_generate_tells_how_far_it_is(traced):
   for one in slices:
     assert 0 <= int(one.stats.num_in_use) <= 24
     outputs |= one.running | {c.request_id: c.tokens for c in one.finished}
-    assert one.num_tokens == sum(map(len, outputs.values()))
+    # A preempted request shows its latest tokens when it runs again.
+    assert one.num_tokens >= sum(map(len, outputs.values()))
     for i, tokens in one.running.items():
       assert tokens == completions[i].tokens[: len(tokens)]
+  assert slices[-1].num_tokens == sum(map(len, outputs.values()))
   seconds = [one.seconds for one in slices]
   assert seconds[0] > 0 and seconds == sorted(seconds)
   last = slices[-1]

@@ -32,7 +32,7 @@ BLOCK_SIZE = 16
 
 @pytest.fixture(scope="module")
 def loaded():
-  return load()
+  return load(scan_layers=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +93,15 @@ def test_a_batch_and_then_prefix_hits(model, loaded):
 
 
 def test_preemption_changes_no_token(model, loaded):
-  # The longest request alone needs 24 blocks; eight at once need far more than 40.
-  ctx = make_context(loaded, num_blocks=41)
+  # The longest request alone needs 24 blocks; eight at once need far more than 30.
+  ctx = make_context(loaded, num_blocks=31)
   _, done = generate(model, ctx, NAMES)
   assert sum(completion.num_preemptions for completion in done) >= 2
 
 
 def test_alone(model, loaded):
   ctx = make_context(loaded, num_blocks=161)
-  for name in ("one_token", "unicode", "chat_dialogue", "facts_list"):
+  for name in ("one_token", "facts_list"):
     ctx, _ = generate(model, kvcache.reset(ctx), [name])
 
 

@@ -49,7 +49,9 @@ def make_requests(
 
   The requests that fill up to `num` have not arrived.
   """
-  requests = kvcache.make_requests(prompts, max_new_tokens=max_new_tokens, **kwargs)
+  requests = kvcache.make_requests(
+    prompts, max_new_tokens=max_new_tokens, capacity=width, **kwargs
+  )
 
   def widen(x, columns, value=0):
     padding = ((0, 0), (0, columns - x.shape[1]))

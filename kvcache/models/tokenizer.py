@@ -17,19 +17,14 @@ _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _REST
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _REST
 
 _SPLITS: dict[str, tuple[str, ...]] = {
-  **dict.fromkeys(("gpt-2", "mpt", "olmo", "jais", "phi-2"), (_GPT2_SPLIT,)),
+  "gpt-2": (_GPT2_SPLIT,),
+  **dict.fromkeys(("smollm", "starcoder", "refact"), (r"\p{N}", _GPT2_SPLIT)),
   **dict.fromkeys(
-    ("smollm", "starcoder", "refact", "command-r", "codeshell"),
-    (r"\p{N}", _GPT2_SPLIT),
-  ),
-  **dict.fromkeys(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "smaug-bpe", "dbrx"),
-    (_LLAMA3_SPLIT,),
+    ("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx"), (_LLAMA3_SPLIT,)
   ),
   **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2_SPLIT,)),
 }
-"""`tokenizer.ggml.pre` -> patterns that cut text into words, applied one after
-another."""
+"""`tokenizer.ggml.pre` -> patterns that cut text into words, one after another."""
 
 _MERGES_IGNORED = ("llama3", "llama-v3", "llama-bpe")
 """Here a word that is a token is that token, whatever the merges would make of it."""
@@ -43,8 +38,7 @@ class Tokenizer:
 
   Attributes:
     chat_template: Jinja source, or None.
-    special_tokens: Names of tokens that templates may use: `bos_token`, `eos_token`,
-      ...
+    special_tokens: Spelling of the tokens that templates may name: `bos_token`, ...
   """
 
   def __init__(

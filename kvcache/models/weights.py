@@ -35,8 +35,7 @@ _BLOCK_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("mlp", "gate_up", "weight"): ("gate", "up"),
   ("mlp", "down", "weight"): ("down",),
 }
-"""Variable in the model -> roles of the tensors that are joined, first axis, to fill
-it."""
+"""Variable of a block -> roles of the tensors that fill it, joined along axis 0."""
 
 
 def required_roles(config: LlamaConfig) -> tuple[list[str], list[str]]:
