@@ -19,6 +19,7 @@ POOLS += ((1 << 20, 64), (1 << 20, 2048))
 QUICK_POOLS = ((1 << 12, 64), (1 << 20, 2048))
 MIXED_TOKENS = 256
 MODEL_VOCAB = 16
+NUM_STEPS = 1024  # that a long call repeats: milliseconds
 
 # Targets hold for two CPU cores and S = 256.
 TARGET_S = 256
@@ -85,13 +86,40 @@ def metadata_only(
   return ctx, jnp.concatenate(fields)
 
 
-def loop(step: Callable) -> Callable:
-  """`run(state, num)`: repeats a step on the device."""
+def restart(ctx: Context, start: Context) -> Context:
+  """The context as it was, except for what the next steps overwrite. Costs nothing."""
+  table, first = ctx.sequences, start.sequences
+  return ctx.replace(
+    sequences=table.replace(seq_lens=first.seq_lens, num_blocks=first.num_blocks),
+    pool=ctx.pool.replace(num_free=start.pool.num_free),
+  )
+
+
+def rounds(step: Callable, length: int, *, restart: Callable | None = None) -> Callable:
+  """`run(state, num)`: `num` rounds of `length` steps, each from the same start."""
 
   def run(state, num: Array):
-    return lax.fori_loop(0, num, lambda index, state: step(state, index), state)
+    def one(_, now):
+      now = now if restart is None else restart(now, state)
+      return lax.fori_loop(0, length, lambda index, now: step(now, index), now)
+
+    return lax.fori_loop(0, num, one, state)
 
   return jax.jit(run, donate_argnums=0)
+
+
+def round_seconds(
+  step: Callable,
+  state,
+  *,
+  repeats: int,
+  length: int,
+  restart: Callable | None = None,
+) -> float:
+  """Time of a step that may be repeated `length` times from the state given."""
+  run = rounds(step, length, restart=restart)
+  num = max(1, NUM_STEPS // length)
+  return timing.step_seconds(run, state, repeats=repeats, num=num) / length
 
 
 def thin_model(tokens: Array, metadata, ctx: Context) -> tuple[Array, Context]:
@@ -133,8 +161,8 @@ def serve_seconds(config: CacheConfig, *, repeats: int) -> float:
   run = functools.partial(serve_program(scheduler), model=model)
   state = run((scenes.empty(config), requests), jnp.int32(2))
   # The rest of the steps happen in one go: nobody waits, ends or lacks a block.
-  length = num_tokens - 4
-  return timing.step_seconds(run, state, repeats=repeats, shortest=1, length=length)
+  num = num_tokens - 6
+  return timing.step_seconds(run, state, repeats=repeats, shortest=1, num=num)
 
 
 def measure(is_quick: bool) -> Iterator[Row]:
@@ -155,23 +183,23 @@ def measure(is_quick: bool) -> Iterator[Row]:
 
       ctx, length = scenes.decoding(config)
       kwargs = {"repeats": repeats, "length": length}
-      decode[S, N, P] = timing.step_seconds(loop(decode_step), ctx, **kwargs)
+      decode[S, N, P] = round_seconds(decode_step, ctx, **kwargs, restart=restart)
       target = IN_LOOP_US if is_target else None
       yield us(decode[S, N, P], "decode step, in a loop", target=target)
       one = jax.jit(decode_step, donate_argnums=0)
-      value = timing.chain_seconds(one, ctx, jnp.int32(0), repeats=3, length=length)
+      value = timing.chain_seconds(one, ctx, jnp.int32(0), repeats=8, length=length)
       target = CALL_US if is_target else None
       yield us(value, "decode step, one host call", target=target)
 
       if (N, P) in QUICK_POOLS:
         for name, step in (("extend", extend_only), ("commit", commit_only)):
-          value = timing.step_seconds(loop(step), ctx, **kwargs)
+          value = round_seconds(step, ctx, **kwargs, restart=restart)
           yield us(value, f"{name}, in a loop")
         for name, num in (("decode", None), (f"mixed T={MIXED_TOKENS}", MIXED_TOKENS)):
           step = functools.partial(metadata_only, num_tokens=num)
           roomy, _ = kvcache.extend(ctx, mixed_lens(S, num), num_tokens=num or S)
           state = (roomy, jnp.zeros(3 * (num or S) + 3 * S + 1, jnp.int32))
-          value = timing.step_seconds(loop(step), state, **kwargs)
+          value = round_seconds(step, state, **kwargs)
           yield us(value, f"step_metadata ({name}), in a loop")
 
       serve[S, N, P] = serve_seconds(config, repeats=repeats)

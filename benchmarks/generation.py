@@ -100,7 +100,7 @@ def _measure_one(
   requests = kvcache.make_requests(prompts, max_new_tokens=MAX_LEN - PROMPT_LEN)
   run = functools.partial(bookkeeping.serve_program(SCHEDULER), model=model)
   state = run((kvcache.init(config), requests), jnp.int32(num_prefill))
-  kwargs = {"repeats": repeats, "shortest": 1, "length": NUM_TIMED}
+  kwargs = {"repeats": repeats, "shortest": 1, "num": NUM_TIMED}
   whole = timing.step_seconds(run, state, **kwargs)
   yield row(what="decode step of serve", value=seconds(whole, "ms"), unit="ms")
   run = functools.partial(model_only, model=model)

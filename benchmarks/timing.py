@@ -11,9 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_NUM_TIMED = 32
-"""Iterations of a long call: short enough to be undisturbed now and then."""
-
 copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 """Copies a tree of arrays, so that the copy may be donated."""
 
@@ -55,36 +52,28 @@ def chain_seconds(
 
 
 def step_seconds(
-  run: Callable[..., Any],
-  state: Any,
-  *,
-  repeats: int,
-  length: int,
-  shortest: int = 0,
+  run: Callable[..., Any], state: Any, *, repeats: int, num: int, shortest: int = 0
 ) -> float:
   """Time per iteration of `run(state, num)`, which repeats a step `num` times.
 
-  The difference of a long call and a short one that follow each other, so that what
-  happens once per call does not count.
+  The difference of a long call and the short one before it, so that what happens once
+  per call does not count. A call costs about 0.1 ms, give or take as much on a shared
+  machine: a long call should take several milliseconds.
 
   Args:
     run: Jitted, with the state donated and the number traced; returns the next state.
-    state: Start of each chain of calls.
-    repeats: Chains, after one that compiles.
-    length: Iterations in a chain, as many as leave the state's nature unchanged.
+    state: Start of each pair of calls.
+    repeats: Pairs, after one that compiles.
+    num: Iterations of a long call beyond those of a short one.
     shortest: Iterations of a short call.
   """
-  num = min(_NUM_TIMED, length - 3 * shortest)
-  num_pairs = max(1, (length - shortest) // (num + 2 * shortest))
   short, long = jnp.int32(shortest), jnp.int32(shortest + num)
   times: list[tuple[float, float]] = []
-  for repeat in range(repeats + 1):
-    fresh = run(_fresh(state), short)
-    for _ in range(num_pairs):
-      before, fresh = _timed(run, fresh, short)
-      after, fresh = _timed(run, fresh, long)
-      times += [(before, after)] if repeat else []
-  before, after = (min(column) for column in zip(*times, strict=True))
+  for _ in range(repeats + 1):
+    before, fresh = _timed(run, _fresh(state), short)
+    after, fresh = _timed(run, fresh, long)
+    times.append((before, after))
+  before, after = (min(column) for column in zip(*times[1:], strict=True))
   return max(after - before, 0.0) / num
 
 

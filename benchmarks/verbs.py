@@ -19,7 +19,7 @@ S, P = 256, 64
 SIZES = (1 << 12, 1 << 16, 1 << 20)
 QUICK_SIZES = (1 << 16,)
 NUM_PROMPTS, PROMPT_LEN = 8, 1000
-NUM_EVICTED = 256
+NUM_EVICTED = 32
 NUM_PUBLISHED = 1000
 
 
@@ -97,8 +97,8 @@ def measure(is_quick: bool) -> Iterator[Row]:
       value = timing.call_seconds(run, ctx, *arguments, repeats=repeats)
       return base(what=what, value=seconds(value, "us"))
 
-    def looped(what: str, run, ctx: Context, *, length: int, base=base) -> Row:
-      value = timing.step_seconds(run, ctx, repeats=repeats, length=length)
+    def looped(what: str, run, ctx: Context, *, num: int, base=base) -> Row:
+      value = timing.step_seconds(run, ctx, repeats=repeats, num=num)
       return base(what=f"{what}, in a loop", value=seconds(value, "us"))
 
     def touch(ctx: Context) -> Context:
@@ -113,9 +113,9 @@ def measure(is_quick: bool) -> Iterator[Row]:
     yield called("publish, 1 block per row", program(kvcache.publish), live)
     live = _settled(live)
     yield called("publish, nothing pending", program(kvcache.publish), live)
-    yield looped("publish, nothing pending", program(publish_in_loop), live, length=256)
+    yield looped("publish, nothing pending", program(publish_in_loop), live, num=2048)
     yield called("rewind, 1 token of each row", program(kvcache.rewind), live, _ones())
-    yield looped("rewind + decode step", program(rewind_in_loop), live, length=64)
+    yield looped("rewind + decode step", program(rewind_in_loop), live, num=512)
     rows = jnp.arange(S, dtype=jnp.int32)
     finish = program(kvcache.finish)
     yield called("finish, 1 row", finish, live, rows == 7)
@@ -131,10 +131,10 @@ def measure(is_quick: bool) -> Iterator[Row]:
     others = scenes.prompts(NUM_PROMPTS, PROMPT_LEN, seed=1)
     yield called(f"admit, {name}, miss", admit, some, others, sizes[1])
     again = program(admit_in_loop, tokens=tokens)
-    yield looped(f"admit + finish, {name}, hit", again, some, length=32)
+    yield looped(f"admit + finish, {name}, hit", again, some, num=32)
     src = jnp.arange(NUM_PROMPTS, dtype=jnp.int32)
     yield called(f"fork, {name}", program(kvcache.fork), some, src)
-    yield looped(f"fork + finish, {name}", program(fork_in_loop), some, length=32)
+    yield looped(f"fork + finish, {name}", program(fork_in_loop), some, num=32)
 
     # Many blocks to publish, then many to evict.
     num_rows = -(-NUM_PUBLISHED // (PROMPT_LEN // scenes.BLOCK_SIZE))
@@ -146,9 +146,9 @@ def measure(is_quick: bool) -> Iterator[Row]:
     idle = finish(many, jnp.ones(S, bool))
     count = jnp.int32(NUM_EVICTED)
     yield called(f"evict, {NUM_EVICTED} blocks", program(kvcache.evict), idle, count)
-    length = NUM_PUBLISHED // NUM_EVICTED
+    num = NUM_PUBLISHED // NUM_EVICTED
     evict = program(evict_in_loop)
-    yield looped(f"evict, {NUM_EVICTED} blocks", evict, idle, length=length)
+    yield looped(f"evict, {NUM_EVICTED} blocks", evict, idle, num=num)
 
 
 def _ones() -> jax.Array:
