@@ -59,7 +59,7 @@ def measure(is_quick: bool) -> Iterator[Row]:
   """Yields the rows of this section."""
   loaded = load()
   model = nn.as_function(loaded.model)
-  repeats = 2 if is_quick else 5
+  repeats = 4 if is_quick else 8
   for S in QUICK_CONCURRENCY if is_quick else CONCURRENCY:
     yield from _measure_one(loaded, model, S, repeats)
 

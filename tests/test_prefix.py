@@ -203,6 +203,21 @@ def test_a_full_bucket_is_hopeless_and_ends_its_segment():
   assert index.num_children[1] == 0
 
 
+# With other hashes. A program compiled before has the true ones: these are new.
+
+
+def put(index, *segments):
+  """`insert`, compiled anew."""
+  return insert(
+    index, *segments, verb=jax.jit(lambda *args: jitted_insert.__wrapped__(*args))
+  )
+
+
+def find(index, *texts, **kwargs):
+  """`match`, compiled anew."""
+  return match(index, *texts, verb=jax.jit(lambda *args: prefix.match(*args)), **kwargs)
+
+
 @pytest.mark.parametrize("num_ways", [1, 4])
 def test_hashes_that_all_collide_never_give_a_false_hit(monkeypatch, num_ways):
   monkeypatch.setattr(
@@ -211,12 +226,6 @@ def test_hashes_that_all_collide_never_give_a_false_hit(monkeypatch, num_ways):
   monkeypatch.setattr(
     hashing, "root", lambda salt, names: jnp.zeros((*names.shape, 2), jnp.uint32)
   )
-
-  def put(index, *segments):
-    return insert(index, *segments, verb=jax.jit(jitted_insert.__wrapped__))
-
-  def find(index, *texts, **kwargs):
-    return match(index, *texts, verb=jax.jit(lambda *a: prefix.match(*a)), **kwargs)
 
   tokens = {1: (1, 1), 2: (2, 2), 3: (3, 3), 4: (2, 2)}
   index = with_tokens(init(num_ways=num_ways), tokens)
@@ -229,6 +238,23 @@ def test_hashes_that_all_collide_never_give_a_false_hit(monkeypatch, num_ways):
     assert held == text[: len(held)]
     assert [index.parent[b] for b in ids] == [0, *ids[:-1]][: len(ids)]
     assert find(index, text, namespace=1) == [[]]
+
+
+def test_a_parent_is_compared_and_not_only_hashed(monkeypatch):
+  # A block's hash says nothing of what comes before it.
+  monkeypatch.setattr(hashing, "chain", lambda digests, base, **_: digests)
+  monkeypatch.setattr(hashing, "chain_from_root", lambda digests, roots: digests)
+
+  tokens = {1: (1, 1), 2: (2, 2), 3: (3, 3), 4: (4, 4), 5: (2, 2)}
+  index = with_tokens(init(num_ways=4), tokens)
+  for segment in (([1], 0, 0, 0), ([2], 1, 1, 0), ([3], 0, 0, 0), ([4], 3, 1, 0)):
+    index, _, is_done, _ = put(index, segment)
+    assert is_done == [True]
+  assert find(index, [1, 1, 2, 2], [3, 3, 4, 4]) == [[1, 2], [3, 4]]
+  assert find(index, [1, 1, 4, 4], [3, 3, 2, 2]) == [[1], [3]]
+  # Nor is it given to another parent: its owner goes on unpublished.
+  _, _, is_done, is_hopeless = put(index, ([5], 3, 0, 1))
+  assert is_done == [False] and is_hopeless == [True]
 
 
 def test_removed_blocks_are_found_no_more(index):
