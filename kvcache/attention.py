@@ -16,6 +16,9 @@ def attend(
   metadata: StepMetadata,
   *,
   sm_scale: float | None = None,
+  sliding_window: int | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Array | None = None,
   implementation: str | None = None,
 ) -> Array:
   """Attends from each token of a step to its sequence up to itself.
@@ -28,11 +31,14 @@ def attend(
     q: `[T, H, D]`.
     metadata: Of this step.
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
+    sliding_window: Tokens that a query sees, itself included; all before it if omitted.
+    logits_soft_cap: Scaled logits become `cap * tanh(logit / cap)`.
+    sinks: `[H]` logits that join each head's softmax and have no value.
     implementation: Name of an implementation of `pallas_kernels.paged_attention`, or
       None for the best that can serve.
 
   Returns:
-    `[T, H, D]` in `q`'s dtype; zeros for padding.
+    `[T, H, Dv]` in `q`'s dtype; zeros for padding.
 
   Raises:
     ValueError: Shapes do not fit the cache or the step.
@@ -41,16 +47,24 @@ def attend(
   config = ctx.config
   if q.ndim != 3 or q.shape[0] != metadata.num_tokens:
     raise ValueError(f"q must be [{metadata.num_tokens}, H, D], got {q.shape}")
-  k, v = ctx.kv.flat()
+  store = ctx.kv.flat()
   offset = jnp.asarray(layer, jnp.int32) * config.num_blocks
-  return paged_attention.paged_attention(
+  out = paged_attention.paged_attention(
     q,
-    k,
-    v,
+    store.k,
+    store.v,
     metadata.block_tables + offset,
     metadata.seq_lens,
     metadata.cu_seqlens,
     sm_scale=sm_scale,
+    sliding_window=sliding_window,
+    logits_soft_cap=logits_soft_cap,
+    sinks=sinks,
+    k_scale=store.k_scale,
+    v_scale=store.v_scale,
+    v_head_dim=config.v_head_dim,
     max_query_len=1 if metadata.is_decode else None,
     implementation=implementation,
   )
+  assert isinstance(out, Array)  # without `lse`
+  return out

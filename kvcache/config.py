@@ -17,6 +17,7 @@ NULL_BLOCK = 0
 
 _INDEX_SLOTS_PER_BLOCK = 4
 _QUEUE_SLOTS_PER_BLOCK = 3
+_QUANTISED = (np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,36 @@ class AttentionLayer:
 
   Attributes:
     num_kv_heads: `K`, key/value heads.
-    head_dim: `D`, elements of one key or value head.
+    head_dim: `D`, elements of one key head.
+    v_head_dim: `Dv`, elements of one value head; `D` if None.
+    is_latent: Whether the values are the first `Dv` elements of the keys and are stored
+      once, as in multi-head latent attention.
+    dtype: Element type, or None for the cache's. `int8` and `float8_e4m3fn` are
+      quantised, with one float32 scale per token and head for keys and for values.
   """
 
   num_kv_heads: int
   head_dim: int
+  v_head_dim: int | None = None
+  is_latent: bool = False
+  dtype: DTypeLike | None = None
 
   def __post_init__(self):
-    _check_positive(self, "num_kv_heads", "head_dim")
+    if self.v_head_dim is None:
+      object.__setattr__(self, "v_head_dim", self.head_dim)
+    if self.dtype is not None:
+      object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
+    _check_positive(self, "num_kv_heads", "head_dim", "v_head_dim")
+    if self.is_latent and self.v_dim > self.head_dim:
+      raise ValueError(
+        f"v_head_dim must be at most head_dim={self.head_dim} where values are the"
+        f" first part of the keys, got {self.v_dim}"
+      )
+
+  @property
+  def v_dim(self) -> int:
+    """`Dv`, elements of one value head."""
+    return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +69,8 @@ class CacheConfig:
     block_size: Token positions in one block.
     max_seqs: `S`, rows of the sequence table.
     max_seq_len: Longest sequence a row can hold, in tokens. Rounded up to whole blocks.
-    dtype: Element type of keys and values.
+    dtype: Element type of keys and values of layers that do not name one. Any floating
+      type, or `int8`; see `AttentionLayer.dtype` for quantised ones.
     chunk_size: Entries handled by one iteration of the bulk loops (publish, release,
       evict).
     index_ways: Blocks that one bucket of the prefix index can hold.
@@ -63,7 +87,7 @@ class CacheConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))
-    object.__setattr__(self, "dtype", np.dtype(self.dtype))
+    object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
     _check_positive(
       self, "block_size", "max_seqs", "max_seq_len", "chunk_size", "index_ways"
     )
@@ -81,8 +105,6 @@ class CacheConfig:
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"
         f" got {self.num_blocks!r}"
       )
-    if not jnp.issubdtype(self.dtype, jnp.floating):
-      raise ValueError(f"dtype must be a floating type, got {self.dtype}")
     if self.num_blocks * max(self.block_size, 2 * _INDEX_SLOTS_PER_BLOCK) >= 2**31:
       raise ValueError(
         f"num_blocks * block_size must stay below 2**31 to be addressed in int32,"
@@ -122,14 +144,42 @@ class CacheConfig:
     return len(self.layers)
 
   @property
+  def layer(self) -> AttentionLayer:
+    """What each of the layers keeps, its dtype resolved."""
+    layer = self.layers[0]
+    return dataclasses.replace(
+      layer, dtype=self.dtype if layer.dtype is None else layer.dtype
+    )
+
+  @property
   def num_kv_heads(self) -> int:
     """`K`."""
-    return self.layers[0].num_kv_heads
+    return self.layer.num_kv_heads
 
   @property
   def head_dim(self) -> int:
     """`D`."""
-    return self.layers[0].head_dim
+    return self.layer.head_dim
+
+  @property
+  def v_head_dim(self) -> int:
+    """`Dv`."""
+    return self.layer.v_dim
+
+  @property
+  def is_latent(self) -> bool:
+    """Whether values are the first part of the keys."""
+    return self.layer.is_latent
+
+  @property
+  def kv_dtype(self) -> np.dtype:
+    """Element type of the keys and values."""
+    return np.dtype(self.layer.dtype)
+
+  @property
+  def is_quantised(self) -> bool:
+    """Whether keys and values have scales beside them."""
+    return self.kv_dtype in _QUANTISED
 
   @property
   def max_blocks_per_seq(self) -> int:
@@ -154,14 +204,29 @@ class CacheConfig:
 
   @property
   def bytes_per_block(self) -> int:
-    """Bytes of keys and values in one block, all layers."""
-    elements = self.num_layers * self.num_kv_heads * self.block_size * self.head_dim
-    return 2 * elements * np.dtype(self.dtype).itemsize
+    """Bytes of keys, values and scales in one block, all layers."""
+    scale_bytes = 4 if self.is_quantised else 0
+    heads = (self.head_dim,) if self.is_latent else (self.head_dim, self.v_head_dim)
+    per_head = sum(dim * self.kv_dtype.itemsize + scale_bytes for dim in heads)
+    return self.num_layers * self.num_kv_heads * self.block_size * per_head
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of the key and value arrays that `init` makes."""
+    """Bytes of the key, value and scale arrays that `init` makes."""
     return self.num_blocks * self.bytes_per_block
+
+
+def _kv_dtype(dtype: DTypeLike) -> np.dtype:
+  """The dtype, if keys and values can be stored in it."""
+  dtype = np.dtype(dtype)
+  if dtype in _QUANTISED:
+    return dtype
+  if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    raise ValueError(
+      "dtype must be a floating type of at least 16 bits, int8 or float8_e4m3fn, got"
+      f" {dtype}"
+    )
+  return dtype
 
 
 def _check_positive(config: object, *names: str) -> None:

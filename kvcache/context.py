@@ -105,12 +105,10 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
       salt=salts,
     ),
     kv=kv.init(
+      config.layer,
       num_layers=config.num_layers,
       num_blocks=config.num_blocks,
-      num_kv_heads=config.num_kv_heads,
       block_size=config.block_size,
-      head_dim=config.head_dim,
-      dtype=config.dtype,
     ),
     counters=Counters(
       **{name: jnp.uint32(0) for name in Counters.__dataclass_fields__}
@@ -216,22 +214,31 @@ def step_metadata(
 
 
 def write_kv(
-  ctx: Context, layer: ArrayLike, k: Array, v: Array, metadata: StepMetadata
+  ctx: Context,
+  layer: ArrayLike,
+  k: Array,
+  v: Array | None,
+  metadata: StepMetadata,
 ) -> Context:
   """Stores the keys and values of a step's tokens in one layer.
 
   Args:
     ctx: The context.
     layer: `[]` int32, may be traced: index of the attention layer.
-    k: `[T, K, D]`, cast to the cache's dtype.
-    v: `[T, K, D]`.
+    k: `[T, K, D]`, cast or quantised to the layer's dtype.
+    v: `[T, K, Dv]`; None for latent layers, whose values are the first part of `k`.
     metadata: Of this step.
   """
   config = ctx.config
-  shape = (metadata.num_tokens, config.num_kv_heads, config.head_dim)
-  for name, value in (("k", k), ("v", v)):
-    if value.shape != shape:
-      raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+  shape = (metadata.num_tokens, config.num_kv_heads)
+  if k.shape != (*shape, config.head_dim):
+    raise ValueError(f"k must have shape {(*shape, config.head_dim)}, got {k.shape}")
+  if config.is_latent:
+    if v is not None:
+      raise ValueError("v must be None: values of latent layers are part of k")
+  elif v is None or v.shape != (*shape, config.v_head_dim):
+    got = None if v is None else v.shape
+    raise ValueError(f"v must have shape {(*shape, config.v_head_dim)}, got {got}")
   return ctx.replace(kv=kv.write(ctx.kv, layer, k, v, metadata.slot_mapping))
 
 

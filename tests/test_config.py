@@ -41,12 +41,18 @@ def test_the_longest_sequence_fits_its_row_and_the_pool(
   assert config.max_tokens_per_seq == tokens
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
-def test_bytes_are_those_of_the_arrays(dtype):
-  config = make(block_size=4, max_seqs=3, max_seq_len=20, dtype=dtype)
+@pytest.mark.parametrize("fields", [{}, {"v_head_dim": 5}, {"is_latent": True}])
+@pytest.mark.parametrize(
+  "dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn]
+)
+def test_bytes_are_those_of_the_arrays(dtype, fields):
+  layer = dataclasses.replace(LAYER, **fields)
+  config = make(
+    layers=[layer] * 3, block_size=4, max_seqs=3, max_seq_len=20, dtype=dtype
+  )
   shapes = jax.eval_shape(lambda: kvcache.init(config))
-  assert shapes.kv.k.shape == shapes.kv.v.shape == (3, 10, 2, 4, 8)
-  assert shapes.kv.k.dtype == shapes.kv.v.dtype == config.dtype
+  assert shapes.kv.k.shape == (3, 10, 2, 4, 8)
+  assert shapes.kv.k.dtype.itemsize == config.kv_dtype.itemsize
   in_kv, total = (
     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     for tree in (shapes.kv, shapes)
@@ -93,7 +99,8 @@ def test_configs_are_values():
     ({"max_seq_len": 2.5}, "max_seq_len must be a positive int, got 2.5"),
     ({"chunk_size": True}, "chunk_size must be a positive int, got True"),
     ({"index_ways": None}, "index_ways must be a positive int, got None"),
-    ({"dtype": jnp.int8}, "dtype must be a floating type, got int8"),
+    ({"dtype": jnp.int32}, "dtype must be a floating type .*, got int32"),
+    ({"dtype": jnp.float8_e5m2}, "dtype must be .* or float8_e4m3fn, got float8_e5m2"),
     (
       {"num_blocks": 2**27, "block_size": 16},
       r"num_blocks \* block_size .*2\*\*31.*134217728 \* 16",
@@ -109,6 +116,22 @@ def test_bad_fields_are_named(fields, message):
 def test_bad_layers_are_named(name):
   with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
     AttentionLayer(**({"num_kv_heads": 1, "head_dim": 1} | {name: 0}))
+
+
+def test_a_latent_layer_has_no_more_values_than_keys():
+  with pytest.raises(
+    ValueError, match=r"v_head_dim must be at most head_dim=8.* got 9"
+  ):
+    AttentionLayer(num_kv_heads=1, head_dim=8, v_head_dim=9, is_latent=True)
+
+
+def test_a_layer_may_name_its_own_dtype():
+  layer = AttentionLayer(num_kv_heads=2, head_dim=8, dtype="int8")
+  config = make(layers=[layer])
+  assert config.is_quantised and config.kv_dtype == np.int8
+  assert make().kv_dtype == np.float32 and not make().is_quantised
+  with pytest.raises(ValueError, match="got int16"):
+    AttentionLayer(num_kv_heads=2, head_dim=8, dtype="int16")
 
 
 def test_the_largest_addressable_pool_is_accepted():

@@ -23,6 +23,8 @@ SEEDS = {
   "long_decode": 3,
   "single_row": 2,
   "cramped": 4,
+  "int8": 2,
+  "fp8": 1,
 }
 MUST_HAPPEN = {
   "admit": "OK NO_ROW TOO_LONG EMPTY INVALID",

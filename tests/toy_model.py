@@ -131,7 +131,7 @@ def model(tokens, metadata, ctx):
     return kvcache.write_kv(ctx, layer, values, -values, metadata)
 
   def read(ctx, layer):
-    pool, _ = ctx.kv.flat()
+    pool = ctx.kv.flat().k
     values, k = lax.optimization_barrier(
       (pool[metadata.block_tables + layer * sizes.num_blocks], ctx.kv.k)
     )

@@ -7,6 +7,7 @@ Everything here takes contexts copied with `to_host`, and is written without a l
 import functools
 
 import jax
+import ml_dtypes
 import numpy as np
 
 import kvcache
@@ -280,8 +281,30 @@ def contents(cache: CacheConfig, prints: np.ndarray) -> tuple[np.ndarray, np.nda
   factors = factors * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B)  # all odd
   lead = (2, len(cache.layers), *(1,) * prints.ndim, *places[2:])
   mixed = prints[..., None, None] * factors.reshape(lead)
-  keys, values = (mixed >> np.uint32(32 - PRINT_BITS)).astype(cache.dtype)
+  keys, values = (mixed >> np.uint32(32 - PRINT_BITS)).astype(np.float32)
   return keys, values
+
+
+def rounded(cache: CacheConfig, x: np.ndarray) -> np.ndarray:
+  """What the cache can keep of `x [..., D]`, as float32."""
+  if not cache.is_quantised:
+    return x.astype(cache.kv_dtype).astype(np.float32)
+  largest = 127 if cache.kv_dtype == np.int8 else 448
+  scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(largest)
+  scaled = x / np.where(scale == 0, np.float32(1), scale)
+  if cache.kv_dtype == np.int8:
+    scaled = np.round(scaled)
+  return scaled.astype(cache.kv_dtype).astype(np.float32) * scale
+
+
+def stored(host: Context) -> tuple[np.ndarray, np.ndarray]:
+  """The K and V that a context holds, `[L, N, K, block_size, D]` float32."""
+  kinds = {"uint8": ml_dtypes.float8_e4m3fn}
+  store, pools = host.kv, []
+  for pool, scale in ((store.k, store.k_scale), (store.v, store.v_scale)):
+    pool = pool.view(kinds.get(pool.dtype.name, pool.dtype)).astype(np.float32)
+    pools.append(pool if scale is None else pool * scale[..., None])
+  return pools[0], pools[1]
 
 
 def attend_densely(cache, oracle, queries, tokens, q) -> np.ndarray:
@@ -293,7 +316,9 @@ def attend_densely(cache, oracle, queries, tokens, q) -> np.ndarray:
   for query in queries:
     text = tuple(texts[query.row][: query.position + 1])
     prints = fingerprints(oracle.rows[query.row].namespace, text)
-    keys, values = (x[-1, :, 0].astype(np.float64) for x in contents(cache, prints))
+    keys, values = (
+      rounded(cache, x[-1, :, 0]).astype(np.float64) for x in contents(cache, prints)
+    )
     logits = q[query.index] @ keys.T * SM_SCALE  # [H, tokens]; there is one kv head
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     out[query.index] = weights @ values / weights.sum(axis=1, keepdims=True)
@@ -315,9 +340,10 @@ def check_contents(host: Context, oracle: ReferenceCache) -> None:
       prints[block] = fingerprints(namespace, tokens)[-block_size:]
       expected[block] = True
   wanted = contents(host.config, prints)
-  for pool, values in zip((host.kv.k, host.kv.v), wanted, strict=True):
-    stored = np.swapaxes(pool, 2, 3)  # [L, N, block_size, K, D], as `values` is
-    wrong = (stored != values).any((0, 3, 4)) & expected
+  for pool, values in zip(stored(host), wanted, strict=True):
+    held = np.swapaxes(pool, 2, 3)  # [L, N, block_size, K, D], as `values` is
+    values = rounded(host.config, values)
+    wrong = (~np.isclose(held, values, rtol=1e-6, atol=0)).any((0, 3, 4)) & expected
     assert not wrong.any(), f"wrong K/V in (block, offset) {np.argwhere(wrong)}"
 
 
@@ -326,7 +352,7 @@ def check_untouched(before: Context, after: Context) -> None:
   owned = np.zeros(after.pool.ref_counts.shape, bool)
   for host in (before, after):
     owned |= (host.pool.ref_counts > 0) | (host.prefix.way_of > 0)
-  for pool in (after.kv.k, after.kv.v):
+  for pool in stored(after):
     assert np.isnan(pool[:, ~owned]).all(), "a block that nobody owns was written"
 
 

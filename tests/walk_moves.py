@@ -85,6 +85,11 @@ CONFIGS["cramped"] = WalkConfig(
   is_cramped=True,
 )
 
+for name, dtype in (("int8", "int8"), ("fp8", "float8_e4m3fn")):
+  CONFIGS[name] = dataclasses.replace(
+    CONFIGS["tiny"], cache=dataclasses.replace(CONFIGS["tiny"].cache, dtype=dtype)
+  )
+
 # What a phase does, and how often. A name with "+" is a sequence of transitions.
 PHASES = {
   "fill": {"admit": 3, "extend+step": 8, "fork": 1, "evict": 1, "finish": 1},

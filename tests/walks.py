@@ -75,10 +75,14 @@ def transitions(config: WalkConfig):
 def poison(ctx: Context) -> Context:
   """Fills the K/V of every block that nobody owns, the null block too, with NaN."""
   lost = (ctx.pool.ref_counts == 0) & (ctx.prefix.way_of == 0)
-  lost = lost[None, :, None, None, None]
-  nan = jnp.array(jnp.nan, ctx.kv.k.dtype)
-  k, v = (jnp.where(lost, nan, pool) for pool in (ctx.kv.k, ctx.kv.v))
-  return ctx.replace(kv=ctx.kv.replace(k=k, v=v))
+
+  def spoil(pool: jax.Array) -> jax.Array:
+    is_float = jnp.issubdtype(pool.dtype, jnp.floating)
+    garbage = jnp.array(jnp.nan if is_float else 127, pool.dtype)
+    where = lost.reshape(1, -1, *(1,) * (pool.ndim - 2))
+    return jnp.where(where, garbage, pool)
+
+  return ctx.replace(kv=jax.tree.map(spoil, ctx.kv))
 
 
 @functools.cache

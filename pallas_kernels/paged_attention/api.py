@@ -11,25 +11,35 @@ IMPLEMENTATIONS = ("xla",)
 def paged_attention(
   q: Array,
   k: Array,
-  v: Array,
+  v: Array | None,
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
   *,
   sm_scale: float | None = None,
   max_query_len: int | None = None,
+  sliding_window: int | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Array | None = None,
+  k_scale: Array | None = None,
+  v_scale: Array | None = None,
+  v_head_dim: int | None = None,
+  return_lse: bool = False,
   implementation: str | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
   """Causal attention of packed, ragged queries over paged keys and values.
 
   One operation for decode, chunked prefill and mixtures: row `s` has the query tokens
   `cu_seqlens[s]` up to `cu_seqlens[s + 1]`, which are the last of its `seq_lens[s]`
-  tokens. Whatever stands in blocks past a row's length, NaN included, has no influence.
+  tokens. Whatever stands in blocks past a row's length or behind its window, NaN
+  included, has no influence.
 
   Args:
     q: `[T, H, D]`.
-    k: `[N, K, block_size, D]`, `H` a multiple of `K`.
-    v: `[N, K, block_size, D]`.
+    k: `[N, K, block_size, D]`, `H` a multiple of `K`. Floating, or with `k_scale` int8
+      or `float8_e4m3fn` bits in uint8.
+    v: `[N, K, block_size, Dv]`, or None: the values are the first `v_head_dim` elements
+      of the keys (multi-head latent attention).
     block_tables: `[S, P]` int32. Entries past a row's length are ids in range.
     seq_lens: `[S]` int32. Stored tokens of each row, the query tokens included. Rows of
       length 0 give zeros.
@@ -37,21 +47,41 @@ def paged_attention(
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
     max_query_len: Static bound on the rows' query tokens. 1 with `T == S` is a decode
       step.
+    sliding_window: Tokens that a query sees, itself included; all before it if omitted.
+      The cost is that of the window.
+    logits_soft_cap: Scaled logits become `cap * tanh(logit / cap)`.
+    sinks: `[H]` logits that join each head's softmax and have no value.
+    k_scale: `[N, K, block_size]` float32 factors of each token's keys.
+    v_scale: `[N, K, block_size]` float32 factors of each token's values.
+    v_head_dim: `Dv` where `v` is None.
+    return_lse: Whether to return the logarithm of the softmax's denominator too, with
+      which partial results can be merged.
     implementation: `"xla"`, or None for the best that can serve.
 
   Returns:
-    `[T, H, D]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`.
+    `out [T, H, Dv]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`. With
+    `return_lse` `(out, lse)`, `lse [T, H]` float32 and `-inf` for these tokens.
 
   Raises:
-    ValueError: Shapes or dtypes do not fit.
+    ValueError: Shapes, dtypes or options do not fit.
     NotImplementedError: The named implementation cannot serve.
   """
-  _check(q, k, v, block_tables, seq_lens, cu_seqlens)
+  _check(q, k, block_tables, seq_lens, cu_seqlens)
+  _check_values(k, v, v_head_dim)
+  _check_scales(k, k_scale, "k_scale")
+  if v is not None:
+    _check_scales(v, v_scale, "v_scale")
+  if sinks is not None and sinks.shape != (q.shape[1],):
+    raise ValueError(f"sinks must be [{q.shape[1]}], got {sinks.shape}")
+  if sliding_window is not None and sliding_window < 1:
+    raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+  if logits_soft_cap is not None and not logits_soft_cap > 0:
+    raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise NotImplementedError(
       f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
     )
-  return xla.paged_attention(
+  out, lse = xla.paged_attention(
     q,
     k,
     v,
@@ -60,18 +90,43 @@ def paged_attention(
     cu_seqlens,
     sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
     max_query_len=max_query_len,
+    sliding_window=sliding_window,
+    logits_soft_cap=logits_soft_cap,
+    sinks=sinks,
+    k_scale=k_scale,
+    v_scale=v_scale,
+    v_head_dim=v_head_dim or (k if v is None else v).shape[-1],
   )
+  return (out, lse) if return_lse else out
+
+
+def _check_values(k: Array, v: Array | None, v_head_dim: int | None) -> None:
+  if v is None:
+    if v_head_dim is None or not 0 < v_head_dim <= k.shape[-1]:
+      raise ValueError(
+        f"v_head_dim must be from 1 to {k.shape[-1]} without v, got {v_head_dim}"
+      )
+  elif v.ndim != 4 or v.shape[:-1] != k.shape[:-1]:
+    raise ValueError(f"v must be {[*k.shape[:-1], 'Dv']}, got {v.shape}")
+  elif v_head_dim not in (None, v.shape[-1]):
+    raise ValueError(f"v_head_dim must be that of v {v.shape}, got {v_head_dim}")
+
+
+def _check_scales(pool: Array, scale: Array | None, name: str) -> None:
+  if scale is None:
+    if not jnp.issubdtype(pool.dtype, jnp.floating):
+      raise ValueError(f"{name} is missing for elements of {pool.dtype}")
+  elif scale.shape != pool.shape[:-1]:
+    raise ValueError(f"{name} must be {pool.shape[:-1]}, got {scale.shape}")
 
 
 def _check(
-  q: Array, k: Array, v: Array, block_tables: Array, seq_lens: Array, cu_seqlens: Array
+  q: Array, k: Array, block_tables: Array, seq_lens: Array, cu_seqlens: Array
 ) -> None:
   if q.ndim != 3:
     raise ValueError(f"q must be [T, H, D], got {q.shape}")
   if k.ndim != 4 or k.shape[-1] != q.shape[-1]:
     raise ValueError(f"k must be [N, K, block_size, {q.shape[-1]}], got {k.shape}")
-  if v.shape[:-1] != k.shape[:-1]:
-    raise ValueError(f"v must be {[*k.shape[:-1], 'D']}, got {v.shape}")
   if q.shape[1] % k.shape[1]:
     raise ValueError(f"q has {q.shape[1]} heads, not a multiple of {k.shape[1]}")
   num_seqs = block_tables.shape[0]

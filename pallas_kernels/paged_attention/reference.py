@@ -1,5 +1,6 @@
 """Paged attention, obviously: float32, one dense row at a time. Not for speed."""
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -7,16 +8,25 @@ import jax.numpy as jnp
 def paged_attention(
   q: Array,
   k: Array,
-  v: Array,
+  v: Array | None,
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
   *,
   sm_scale: float,
-) -> Array:
-  """Same contract as `paged_attention` of this package, outside of jit."""
-  group = q.shape[1] // k.shape[1]
+  sliding_window: int | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Array | None = None,
+  k_scale: Array | None = None,
+  v_scale: Array | None = None,
+  v_head_dim: int | None = None,
+) -> tuple[Array, Array]:
+  """Same contract as `paged_attention` of this package, outside of jit; with `lse`."""
+  k = _dequantise(k, k_scale)
+  v = k[..., :v_head_dim] if v is None else _dequantise(v, v_scale)
+  num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
   out = jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32)
+  lse = jnp.full(q.shape[:2], -jnp.inf)
   for row in range(block_tables.shape[0]):
     start, stop = int(cu_seqlens[row]), int(cu_seqlens[row + 1])
     length = int(seq_lens[row])
@@ -26,16 +36,33 @@ def paged_attention(
       pool[block_tables[row]]
       .transpose(1, 0, 2, 3)
       .reshape(pool.shape[1], -1, pool.shape[-1])[:, :length]
-      .astype(jnp.float32)
       .repeat(group, axis=0)
       for pool in (k, v)
     )
     queries = q[start:stop].astype(jnp.float32)
     logits = jnp.einsum("qhd,htd->hqt", queries, keys) * sm_scale
+    if logits_soft_cap is not None:
+      logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     position = length - (stop - start) + jnp.arange(stop - start)
-    visible = jnp.arange(length)[None] <= position[:, None]
-    logits = jnp.where(visible[None], logits, -jnp.inf)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    distance = position[:, None] - jnp.arange(length)[None]
+    is_visible = distance >= 0
+    if sliding_window is not None:
+      is_visible &= distance < sliding_window
+    logits = jnp.where(is_visible[None], logits, -jnp.inf)
+    # What is behind a window has no influence, NaN included.
+    values = jnp.where(is_visible.any(axis=0)[None, :, None], values, 0.0)
+    if sinks is not None:
+      sink = jnp.broadcast_to(sinks[:, None, None], (num_heads, stop - start, 1))
+      logits = jnp.concatenate([logits, sink], axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - total[..., None])[..., :length]
     out = out.at[start:stop].set(jnp.einsum("hqt,htd->qhd", weights, values))
-  return out.astype(q.dtype)
+    lse = lse.at[start:stop].set(total.T)
+  return out.astype(q.dtype), lse
+
+
+def _dequantise(pool: Array, scale: Array | None) -> Array:
+  if pool.dtype == jnp.uint8:
+    pool = jax.lax.bitcast_convert_type(pool, jnp.float8_e4m3fn)
+  pool = pool.astype(jnp.float32)
+  return pool if scale is None else pool * scale[..., None]

@@ -21,17 +21,24 @@ _TILE_Q = 16
 def paged_attention(
   q: Array,
   k: Array,
-  v: Array,
+  v: Array | None,
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
   *,
   sm_scale: float,
   max_query_len: int | None = None,
-) -> Array:
+  sliding_window: int | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Array | None = None,
+  k_scale: Array | None = None,
+  v_scale: Array | None = None,
+  v_head_dim: int,
+) -> tuple[Array, Array]:
   """Causal attention of packed queries over paged keys and values.
 
-  See `pallas_kernels.paged_attention.paged_attention` for the arguments.
+  See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
+  are its `out` and `lse`.
   """
   num_tokens, num_heads, head_dim = q.shape
   _, num_kv_heads, block_size, _ = k.shape
@@ -77,56 +84,106 @@ def paged_attention(
   queries = queries.reshape(num_tiles, num_kv_heads, tile_q * group, head_dim)
   query_positions = jnp.repeat(jnp.where(is_query, positions, -1), group, axis=1)
 
+  # The first tile of K/V that a query tile needs, and the first position in it.
+  if sliding_window is None:
+    begin, first_tile = None, None
+  else:
+    begin = jnp.maximum(positions[:, 0] - (sliding_window - 1), 0)
+    first_tile = begin // tile_kv
+
   def gather(pool: Array, ids: Array) -> Array:
-    tiles = pool[ids].transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(num_tiles, num_kv_heads, tile_kv, pool.shape[-1])
+    """`[num_tiles, K, tile_kv, ...]` of a pool `[N, K, block_size, ...]`."""
+    tiles = jnp.moveaxis(pool[ids], 2, 1)
+    return tiles.reshape(num_tiles, num_kv_heads, tile_kv, *pool.shape[3:])
+
+  def elements(tile: Array, scale: Array | None) -> Array:
+    """What a tile holds, in a type to compute with; scales are applied elsewhere."""
+    if tile.dtype == jnp.uint8:
+      tile = lax.bitcast_convert_type(tile, jnp.float8_e4m3fn)
+    return tile if scale is None else tile.astype(q.dtype)
 
   def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
     index, acc, top, total = state
     columns = index * blocks_per_tile + jnp.arange(blocks_per_tile, dtype=jnp.int32)
-    ids = block_tables[rows[:, None], jnp.minimum(columns, max_blocks - 1)[None]]
     kv_positions = index * tile_kv + jnp.arange(tile_kv, dtype=jnp.int32)
-    is_stored = kv_positions[None] < kv_lens[:, None]
-    keys, values = gather(k, ids), gather(v, ids)
-    values = jnp.where(is_stored[:, None, :, None], values, jnp.zeros((), v.dtype))
+    columns, kv_positions = columns[None], kv_positions[None]
+    if first_tile is not None:
+      columns = columns + (first_tile * blocks_per_tile)[:, None]
+      kv_positions = kv_positions + (first_tile * tile_kv)[:, None]
+    ids = block_tables[rows[:, None], jnp.minimum(columns, max_blocks - 1)]
+    is_needed = kv_positions < kv_lens[:, None]
+    mask = kv_positions[:, None] <= query_positions[:, :, None]
+    if begin is not None and sliding_window is not None:
+      is_needed &= kv_positions >= begin[:, None]
+      mask &= kv_positions[:, None] > query_positions[:, :, None] - sliding_window
+
+    keys = elements(gather(k, ids), k_scale)
+    values = keys[..., :v_head_dim] if v is None else elements(gather(v, ids), v_scale)
+    values = jnp.where(is_needed[:, None, :, None], values, jnp.zeros((), values.dtype))
     logits = jnp.einsum(
       "nkqd,nktd->nkqt", queries, keys, preferred_element_type=jnp.float32
     )
-    mask = kv_positions[None, None] <= query_positions[:, :, None]
-    logits = jnp.where(mask[:, None], logits * sm_scale, NEG)
+    if k_scale is not None:
+      logits = logits * gather(k_scale, ids)[:, :, None]
+    logits = logits * sm_scale
+    if logits_soft_cap is not None:
+      logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    logits = jnp.where(mask[:, None], logits, NEG)
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
     scale = jnp.exp(top - new_top)
     weights = jnp.where(mask[:, None], jnp.exp(logits - new_top[..., None]), 0.0)
     total = total * scale + jnp.sum(weights, axis=-1)
+    of_values = k_scale if v is None else v_scale
+    if of_values is not None:
+      factors = jnp.where(is_needed[:, None], gather(of_values, ids), 0.0)
+      weights = weights * factors[:, :, None]
     part = jnp.einsum(
       "nkqt,nktd->nkqd",
-      weights.astype(v.dtype),
+      weights.astype(values.dtype),
       values,
       preferred_element_type=jnp.float32,
     )
     return index + 1, acc * scale[..., None] + part, new_top, total
 
   shape = (num_tiles, num_kv_heads, tile_q * group)
-  num_steps = (jnp.max(kv_lens) + (tile_kv - 1)) // tile_kv
-  # Ends because the index counts up to the longest live row.
-  _, acc, _, total = lax.while_loop(
+  if sinks is None:
+    top, total = jnp.full(shape, NEG, jnp.float32), jnp.zeros(shape, jnp.float32)
+  else:
+    # A sink is a logit that is always seen and has no value.
+    top = sinks.astype(jnp.float32).reshape(1, num_kv_heads, 1, group)
+    top = jnp.broadcast_to(top, (*shape[:2], tile_q, group)).reshape(shape)
+    total = jnp.ones(shape, jnp.float32)
+  num_steps = (kv_lens + (tile_kv - 1)) // tile_kv
+  if first_tile is not None:
+    num_steps = num_steps - first_tile
+  num_steps = jnp.max(num_steps)
+  # Ends because the index counts up to the longest walk of a live row.
+  _, acc, top, total = lax.while_loop(
     lambda state: state[0] < num_steps,
     step,
-    (
-      jnp.int32(0),
-      jnp.zeros((*shape, v.shape[-1]), jnp.float32),
-      jnp.full(shape, NEG, jnp.float32),
-      jnp.zeros(shape, jnp.float32),
-    ),
+    (jnp.int32(0), jnp.zeros((*shape, v_head_dim), jnp.float32), top, total),
   )
-  out = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
-  out = out.reshape(num_tiles, num_kv_heads, tile_q, group, v.shape[-1])
-  out = out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, tile_q, num_heads, -1)
-  out = out[tile_of_token, place]
+  is_empty = total == 0.0
+  out = acc / jnp.where(is_empty, 1.0, total)[..., None]
+  lse = jnp.where(is_empty, -jnp.inf, top + jnp.log(jnp.where(is_empty, 1.0, total)))
+
+  def unpack(x: Array) -> Array:
+    """`[T, H, ...]` of what is `[num_tiles, K, tile_q * group, ...]`."""
+    x = x.reshape(num_tiles, num_kv_heads, tile_q, group, *x.shape[3:])
+    x = jnp.moveaxis(x, 2, 1).reshape(num_tiles, tile_q, num_heads, *x.shape[4:])
+    return x[tile_of_token, place]
+
+  out, lse = unpack(out), unpack(lse)
+  is_token = unpack(
+    jnp.broadcast_to(
+      is_query[:, None, :, None], (num_tiles, num_kv_heads, tile_q, group)
+    ).reshape(shape)
+  )
   if not (tile_q == 1 and num_tokens == num_seqs):
-    is_token = jnp.arange(num_tokens, dtype=jnp.int32) < cu_seqlens[-1]
-    out = jnp.where(is_token[:, None, None], out, 0.0)
-  return out.astype(q.dtype)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    is_token &= (token < cu_seqlens[-1])[:, None]
+    out = jnp.where(is_token[..., None], out, 0.0)
+  return out.astype(q.dtype), jnp.where(is_token, lse, -jnp.inf)
 
 
 def _row_of(ends: Array, index: Array) -> Array:

@@ -1,0 +1,160 @@
+"""Windows, sinks, caps, latent and quantised K/V: the fast path against the plain one.
+
+The plain one is itself held against float64 in `test_attention`. Every slot that no
+query of the step may see is NaN, those behind a window too.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcache import kv
+from pallas_kernels.paged_attention import paged_attention, reference
+from tests.test_attention import Batch, BLOCK, CHUNKS, D, K, LENGTHS, S
+
+GROUP = 2
+DV = 5
+SINKS = jnp.linspace(-2.0, 3.0, K * GROUP)
+STATIC = ("max_query_len", "sliding_window", "logits_soft_cap", "v_head_dim")
+
+VARIANTS = {
+  "window of one": {"sliding_window": 1},
+  "window of a block": {"sliding_window": BLOCK},
+  "window across tiles": {"sliding_window": 131},
+  "window longer than all": {"sliding_window": 10_000},
+  "sinks": {"sinks": SINKS},
+  "soft cap": {"logits_soft_cap": 0.7},
+  "all at once": {"sliding_window": 6, "sinks": SINKS, "logits_soft_cap": 2.0},
+}
+STORES = ["plain", "narrow values", "latent", "int8", "fp8", "latent int8"]
+LAYOUTS = pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["decode", "packed"])
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def fast(*args, **kwargs):
+  return paged_attention(*args, return_lse=True, implementation="xla", **kwargs)
+
+
+def hide_what_is_behind(batch: Batch, window: int) -> None:
+  """Makes NaN of what stands before the window of every query."""
+  k, v = np.array(batch.k), np.array(batch.v)
+  for row, length in enumerate(batch.lengths):
+    first = length - int(batch.query_lens[row]) - window + 1
+    for position in range(max(first, 0) if length else 0):
+      at = batch.tables[row, position // BLOCK], slice(None), position % BLOCK
+      k[at] = v[at] = np.nan
+  batch.k, batch.v = jnp.asarray(k), jnp.asarray(v)
+
+
+def arguments(batch: Batch, store: str):
+  """The positional arguments and options of a batch kept in such a store."""
+  q, k, v, *rest = batch.arguments
+  options = {}
+  if store == "narrow values":
+    v = v[..., :DV]
+  if store.startswith("latent"):
+    v, options["v_head_dim"] = None, DV
+  if store.endswith(("int8", "fp8")):
+    dtype = jnp.int8 if store.endswith("int8") else jnp.float8_e4m3fn
+    k, options["k_scale"] = kv.quantise(k, dtype)
+    if v is not None:
+      v, options["v_scale"] = kv.quantise(v, dtype)
+  return (q, k, v, *rest), options
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+  ("variant", "store"),
+  [
+    *itertools.product(VARIANTS, ["plain"]),
+    *itertools.product(["all at once"], STORES[1:]),
+    *((None, store) for store in STORES),
+  ],
+)
+def test_variants_agree_with_the_plain_reference(chunks, variant, store):
+  options = VARIANTS[variant] if variant else {}
+  batch = Batch(GROUP, chunks=chunks, seed=3)
+  if window := options.get("sliding_window"):
+    hide_what_is_behind(batch, window)
+  args, kept = arguments(batch, store)
+  options = options | kept
+  out, lse = fast(*args, **options, max_query_len=batch.max_query_len)
+  live = batch.live
+  q = jnp.where(live[:, None, None], args[0], 0.0)
+  want, want_lse = reference.paged_attention(q, *args[1:], sm_scale=D**-0.5, **options)
+  assert np.isfinite(want[live]).all()
+  np.testing.assert_allclose(out[live], want[live], rtol=5e-5, atol=5e-6)
+  np.testing.assert_allclose(lse[live], want_lse[live], rtol=5e-5, atol=5e-6)
+  assert not out[~live].any()
+  assert (lse[~live] == -np.inf).all()
+
+
+def test_a_window_costs_a_window():
+  """The walk over K/V is counted in tiles by what the blocks hold: NaN everywhere."""
+  length, window = 200, 8
+  table = np.arange(1, 51, dtype=np.int32)[None]
+  k = np.full((64, K, BLOCK, D), np.nan, np.float32)
+  k[1 + (length - window) // BLOCK : 51] = 1.0
+  arrays = (np.ones((1, K, D), np.float32), k, k, table)
+  lens, starts = np.array([length], np.int32), np.array([0, 1], np.int32)
+  out, lse = fast(*arrays, lens, starts, max_query_len=1, sliding_window=window)
+  np.testing.assert_allclose(out, 1.0)
+  np.testing.assert_allclose(lse, np.sqrt(D) + np.log(window), rtol=1e-6)
+
+
+def test_a_sink_alone_takes_its_share():
+  """One visible token with logit 0 and a sink of log 3: a quarter of the value."""
+  k, v = jnp.zeros((2, 1, 1, D)), jnp.ones((2, 1, 1, D))
+  ids = jnp.ones((1, 1), jnp.int32), jnp.array([1]), jnp.array([0, 1])
+  sinks = jnp.log(jnp.array([3.0]))
+  out, lse = fast(jnp.ones((1, 1, D)), k, v, *ids, sinks=sinks, max_query_len=1)
+  np.testing.assert_allclose(out, 0.25, rtol=1e-6)
+  np.testing.assert_allclose(lse, np.log(4.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "options", [VARIANTS["all at once"], {"sliding_window": 131}], ids=["all", "window"]
+)
+def test_neighbours_do_not_change_bits(options):
+  batch = Batch(GROUP, chunks=None, seed=5)
+  args, _ = arguments(batch, "plain")
+  out, lse = fast(*args, **options, max_query_len=1)
+  for row in (3, 6):
+    lens = jnp.zeros_like(args[4]).at[row].set(LENGTHS[row])
+    alone = fast(*args[:4], lens, args[5], **options, max_query_len=1)
+    np.testing.assert_array_equal(alone[0][row], out[row])
+    np.testing.assert_array_equal(alone[1][row], lse[row])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"sinks": jnp.zeros(3)}, r"sinks must be \[4\], got \(3,\)"),
+    ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+    ({"logits_soft_cap": 0.0}, "logits_soft_cap must be positive, got 0.0"),
+    ({"k_scale": jnp.zeros((S, K))}, r"k_scale must be .*, got \(8, 2\)"),
+    ({"v_scale": jnp.zeros((S, K))}, r"v_scale must be .*, got \(8, 2\)"),
+    ({"v_head_dim": 3}, "v_head_dim must be that of v .*, got 3"),
+  ],
+)
+def test_bad_options_are_named(options, message):
+  args, _ = arguments(Batch(GROUP, chunks=None), "plain")
+  with pytest.raises(ValueError, match=message):
+    paged_attention(*args, **options)
+
+
+@pytest.mark.parametrize("v_head_dim", [None, 0, D + 1])
+def test_a_latent_cache_needs_the_width_of_its_values(v_head_dim):
+  (q, k, _, *rest), _ = arguments(Batch(GROUP, chunks=None), "plain")
+  with pytest.raises(ValueError, match=f"from 1 to {D} without v, got {v_head_dim}"):
+    paged_attention(q, k, None, *rest, v_head_dim=v_head_dim)
+
+
+def test_quantised_elements_need_scales():
+  (q, k, v, *rest), _ = arguments(Batch(GROUP, chunks=None), "int8")
+  with pytest.raises(ValueError, match="k_scale is missing for elements of int8"):
+    paged_attention(q, k, v, *rest)
