@@ -7,13 +7,22 @@ import time
 
 import jax
 
-from benchmarks import bookkeeping, bulk, footprint, generation, lookup, report, verbs
+from benchmarks import (
+  bookkeeping,
+  bulk,
+  footprint,
+  generation,
+  lookup,
+  quantised,
+  report,
+  verbs,
+)
 from benchmarks.report import Section
 
 ROOT = Path(__file__).parent
 SECTIONS = tuple(
   Section(name=module.__name__.rpartition(".")[2], title=module.TITLE, measure=measure)
-  for module in (bookkeeping, verbs, bulk, lookup, footprint, generation)
+  for module in (bookkeeping, verbs, bulk, lookup, footprint, generation, quantised)
   for measure in (module.measure,)
 )
 

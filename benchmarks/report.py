@@ -24,7 +24,7 @@ class Row:
     what: What was measured.
     sizes: Under which sizes, such as `S=256 N=4096 P=64`.
     value: In `unit`; lower is better unless the unit is a rate.
-    unit: `us`, `ms`, `s`, `x`, `%`, `tokens/s`, `operations`.
+    unit: `us`, `ms`, `s`, `x`, `%`, `tokens/s`, `operations`, `bytes`, or nothing.
     target: Upper bound that the design sets, in `unit`, or None.
     repeats: Of the measurement.
   """

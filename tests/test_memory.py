@@ -235,3 +235,23 @@ def test_decode_step_is_the_same_work_for_any_size(num_blocks, max_seq_len):
   assert opcodes(large) == opcodes(small)
   assert opcodes(small)["fusion"] and opcodes(small)["scatter"]
   assert large.temp_bytes <= small.temp_bytes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_narrow_pools_are_never_rewritten(dtype):
+  """XLA would convert a whole float8 pool to write a row; here nothing is converted."""
+
+  def run(ctx, query_lens, tokens):
+    ctx, _ = kvcache.extend(ctx, query_lens)
+    metadata = kvcache.step_metadata(ctx, query_lens)
+    logits, ctx = programs.layered_model(tokens, metadata, ctx)
+    return kvcache.commit(ctx, tokens, metadata), logits
+
+  config = dataclasses.replace(CONFIG, dtype=dtype)
+  rows = jax.ShapeDtypeStruct((config.max_seqs,), jnp.int32)
+  ctx = abstract_context(config)
+  program = compile_program(run, ctx, rows, rows)
+  assert program.alias_bytes >= num_bytes(ctx)
+  scales = POOL_ELEMENTS // config.head_dim
+  assert not [str(i) for i in program.module.rewrites(scales)]
+  assert program.temp_bytes < MAX_TEMPORARIES * config.num_bytes
