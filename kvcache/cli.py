@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # `--help` and mistakes in the arguments do not wait for the 
   from kvcache.models import Loaded
 
 _OK, _FAILED, _MISUSED, _INTERRUPTED = 0, 1, 2, 130
+_KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 _DEFAULT_POOL_BYTES = 2 * 2**30
 _PROMPTS_FOLDERS = (
   pathlib.Path(__file__).parent / "examples",  # installed
@@ -171,6 +172,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
   add("--max-seqs", int, 16, "sequences that run at a time")
   add("--num-blocks", int, None, "blocks in the pool, the reserved one included")
   add("--block-size", int, 16, "tokens in a block")
+  parser.add_argument(
+    "--kv-dtype",
+    choices=_KV_DTYPES,
+    help="element type of keys and values; the model's if omitted",
+  )
   add("--token-budget", int, 256, "tokens computed in a step with prompts")
 
 
@@ -362,7 +368,7 @@ def _configure(
     block_size=options.block_size,
     max_seqs=min(options.max_seqs, len(prompts)),
     max_seq_len=min(max(wanted), context_len),
-    dtype=loaded.config.dtype,
+    dtype=options.kv_dtype or loaded.config.dtype,
   )
   if options.num_blocks is None:
     config = dataclasses.replace(config, num_blocks=_default_blocks(config, wanted))

@@ -143,6 +143,7 @@ def test_options_reach_the_loop(capsys, server):
     *("generate", "a", "b", "--max-new-tokens", 5, "--temperature", 0.5, "--top-k", 3),
     *("--top-p", 0.9, "--min-p", 0.1, "--seed", 2**32 - 1, "--max-seqs", 2),
     *("--num-blocks", 9, "--block-size", 4, "--token-budget", 7),
+    *("--kv-dtype", "int8"),
   )
   call, config = server.call, server.call["ctx"].config
   assert call["prompts"] == [[97], [98]]
@@ -154,6 +155,7 @@ def test_options_reach_the_loop(capsys, server):
   ]
   assert (config.num_blocks, config.block_size, config.max_seqs) == (9, 4, 2)
   assert call["scheduler"].token_budget == 7
+  assert config.kv_dtype == jnp.int8
   assert call["stop_tokens"] == (0,)
   run(capsys, "generate", "a", "--ignore-eos")
   assert call is not server.call
