@@ -10,6 +10,7 @@ import jax
 from benchmarks import (
   bookkeeping,
   bulk,
+  cascade,
   footprint,
   generation,
   lookup,
@@ -22,7 +23,16 @@ from benchmarks.report import Section
 ROOT = Path(__file__).parent
 SECTIONS = tuple(
   Section(name=module.__name__.rpartition(".")[2], title=module.TITLE, measure=measure)
-  for module in (bookkeeping, verbs, bulk, lookup, footprint, generation, quantised)
+  for module in (
+    bookkeeping,
+    verbs,
+    bulk,
+    lookup,
+    footprint,
+    cascade,
+    generation,
+    quantised,
+  )
   for measure in (module.measure,)
 )
 

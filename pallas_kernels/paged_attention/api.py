@@ -18,6 +18,7 @@ def paged_attention(
   *,
   sm_scale: float | None = None,
   max_query_len: int | None = None,
+  is_causal: bool = True,
   sliding_window: int | None = None,
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
@@ -47,6 +48,7 @@ def paged_attention(
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
     max_query_len: Static bound on the rows' query tokens. 1 with `T == S` is a decode
       step.
+    is_causal: Whether a query sees its row up to itself; all of its row if False.
     sliding_window: Tokens that a query sees, itself included; all before it if omitted.
       The cost is that of the window.
     logits_soft_cap: Scaled logits become `cap * tanh(logit / cap)`.
@@ -75,6 +77,8 @@ def paged_attention(
     raise ValueError(f"sinks must be [{q.shape[1]}], got {sinks.shape}")
   if sliding_window is not None and sliding_window < 1:
     raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+  if sliding_window is not None and not is_causal:
+    raise ValueError("sliding_window needs is_causal")
   if logits_soft_cap is not None and not logits_soft_cap > 0:
     raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
   if implementation not in (None, *IMPLEMENTATIONS):
@@ -90,6 +94,7 @@ def paged_attention(
     cu_seqlens,
     sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
     max_query_len=max_query_len,
+    is_causal=is_causal,
     sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
     sinks=sinks,

@@ -28,6 +28,7 @@ def paged_attention(
   *,
   sm_scale: float,
   max_query_len: int | None = None,
+  is_causal: bool = True,
   sliding_window: int | None = None,
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
@@ -75,6 +76,8 @@ def paged_attention(
   # Position of query token `t` of row `s`: seq_len - query_len + (t - cu_seqlens[s]).
   shift = (seq_lens - cu_seqlens[1:])[rows]
   positions = tokens + shift[:, None]
+  if not is_causal:
+    positions = jnp.broadcast_to(seq_lens[rows][:, None] - 1, positions.shape)
   is_query = (tokens < cu_seqlens[rows + 1][:, None]) & is_live[:, None]
   kv_lens = jnp.max(jnp.where(is_query, positions + 1, 0), axis=1)
 
