@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kvcache
 from kvcache import kv
 from pallas_kernels.paged_attention import paged_attention, reference
 from tests.test_attention import Batch, BLOCK, CHUNKS, D, K, LENGTHS, S
@@ -158,3 +159,65 @@ def test_quantised_elements_need_scales():
   (q, k, v, *rest), _ = arguments(Batch(GROUP, chunks=None), "int8")
   with pytest.raises(ValueError, match="k_scale is missing for elements of int8"):
     paged_attention(q, k, v, *rest)
+
+
+# Through a Context.
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def prompt_then_token(ctx, q, k, v, options=()):
+  """Attends from a prompt of 9 tokens and then from one more, each in its own step."""
+  ctx, _ = kvcache.admit(ctx, jnp.arange(9)[None], jnp.array([9]))
+  outs = []
+  for start, stop, num_tokens in ((0, 9, 9), (9, 10, None)):
+    query_lens = jnp.array([stop - start])
+    ctx, _ = kvcache.extend(ctx, query_lens, num_tokens=num_tokens)
+    metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+    values = None if v is None else v[start:stop]
+    ctx = kvcache.write_kv(ctx, 0, k[start:stop], values, metadata)
+    outs.append(kvcache.attend(ctx, 0, q[start:stop], metadata, **dict(options)))
+    ctx = kvcache.commit(ctx, jnp.arange(start, stop), metadata)
+  return jnp.concatenate(outs)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "is_latent", "options"),
+  [
+    ("float32", False, ()),
+    ("float32", True, (("sliding_window", 4),)),
+    ("int8", True, ()),
+    ("float8_e4m3fn", False, (("sliding_window", 4),)),
+  ],
+)
+def test_steps_over_a_context_equal_dense_attention(dtype, is_latent, options):
+  layer = kvcache.AttentionLayer(
+    num_kv_heads=K, head_dim=D, v_head_dim=DV, is_latent=is_latent, dtype=dtype
+  )
+  config = kvcache.CacheConfig(layers=(layer,), num_blocks=8, block_size=4, max_seqs=1)
+  keys = jax.random.split(jax.random.key(7), 3)
+  q = jax.random.normal(keys[0], (10, K, D))
+  k = jax.random.normal(keys[1], (10, K, D))
+  v = None if is_latent else jax.random.normal(keys[2], (10, K, DV))
+  out = prompt_then_token(kvcache.init(config), q, k, v, options)
+
+  def kept(x):
+    return x if dtype == "float32" else kv.dequantise(*kv.quantise(x, dtype))
+
+  k, v = kept(k), kept(k)[..., :DV] if v is None else kept(v)
+  logits = np.einsum("qhd,thd->hqt", q, k) * D**-0.5
+  distance = np.arange(10)[:, None] - np.arange(10)
+  seen = (distance >= 0) & (distance < dict(options).get("sliding_window", 99))
+  weights = np.where(seen, np.exp(logits), 0)
+  weights /= weights.sum(-1, keepdims=True)
+  want = np.einsum("hqt,thd->qhd", weights, v)
+  assert out.shape == (10, K, DV)
+  np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_latent", [False, True])
+def test_values_go_with_layers_that_keep_them(is_latent):
+  layer = kvcache.AttentionLayer(num_kv_heads=K, head_dim=D, is_latent=is_latent)
+  config = kvcache.CacheConfig(layers=(layer,), num_blocks=8, block_size=4, max_seqs=1)
+  k = jnp.ones((10, K, D))
+  with pytest.raises(ValueError, match=r"v must (be None|have shape .*got None)"):
+    prompt_then_token(kvcache.init(config), k, k, k if is_latent else None)
