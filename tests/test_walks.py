@@ -23,7 +23,7 @@ SEEDS = {
   "long_decode": 3,
   "single_row": 2,
   "cramped": 4,
-  "int8": 2,
+  "int8": 1,
   "fp8": 1,
 }
 MUST_HAPPEN = {
