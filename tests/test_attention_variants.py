@@ -6,6 +6,7 @@ query of the step may see is NaN, those behind a window too.
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 
 import kvcache
 from kvcache import kv
-from pallas_kernels.paged_attention import paged_attention, reference
+from pallas_kernels.paged_attention import paged_attention, reference, xla
 from tests.test_attention import Batch, BLOCK, CHUNKS, D, K, LENGTHS, S
 
 GROUP = 2
@@ -94,17 +95,32 @@ def test_variants_agree_with_the_plain_reference(chunks, variant, store):
   assert (lse[~live] == -np.inf).all()
 
 
-def test_a_window_costs_a_window():
-  """The walk over K/V is counted in tiles by what the blocks hold: NaN everywhere."""
-  length, window = 200, 8
-  table = np.arange(1, 51, dtype=np.int32)[None]
-  k = np.full((64, K, BLOCK, D), np.nan, np.float32)
-  k[1 + (length - window) // BLOCK : 51] = 1.0
-  arrays = (np.ones((1, K, D), np.float32), k, k, table)
-  lens, starts = np.array([length], np.int32), np.array([0, 1], np.int32)
-  out, lse = fast(*arrays, lens, starts, max_query_len=1, sliding_window=window)
-  np.testing.assert_allclose(out, 1.0)
-  np.testing.assert_allclose(lse, np.sqrt(D) + np.log(window), rtol=1e-6)
+@pytest.mark.parametrize(
+  ("window", "rounds"), [(1, 1), (72, 1), (73, 2), (200, 2), (201, 3), (999, 8)]
+)
+def test_a_window_costs_a_window(monkeypatch, window, rounds):
+  """A row of 968 tokens ends 72 tokens into the eighth tile of 128."""
+  counts = []
+
+  def while_loop(condition, body, state):
+    def counted(carry):
+      return carry[0] + 1, body(carry[1])
+
+    count, state = jax.lax.while_loop(
+      lambda carry: condition(carry[1]), counted, (jnp.int32(0), state)
+    )
+    counts.append(int(count))
+    return state
+
+  monkeypatch.setattr(xla, "lax", types.SimpleNamespace(while_loop=while_loop))
+  pool = jnp.ones((300, 1, BLOCK, 2))
+  table = jnp.arange(1, 251, dtype=jnp.int32)[None]
+  lens, starts = jnp.array([968]), jnp.array([0, 1])
+  q = jnp.ones((1, 1, 2))
+  paged_attention(
+    *(q, pool, pool, table, lens, starts), max_query_len=1, sliding_window=window
+  )
+  assert counts == [rounds]
 
 
 def test_a_sink_alone_takes_its_share():
@@ -155,10 +171,17 @@ def test_a_latent_cache_needs_the_width_of_its_values(v_head_dim):
     paged_attention(q, k, None, *rest, v_head_dim=v_head_dim)
 
 
-def test_quantised_elements_need_scales():
-  (q, k, v, *rest), _ = arguments(Batch(GROUP, chunks=None), "int8")
-  with pytest.raises(ValueError, match="k_scale is missing for elements of int8"):
-    paged_attention(q, k, v, *rest)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
+def test_quantised_elements_need_scales(dtype):
+  (q, k, v, *rest), _ = arguments(Batch(GROUP, chunks=None), "plain")
+  with pytest.raises(ValueError, match=f"k_scale is missing for elements of {dtype}"):
+    paged_attention(q, k.astype(dtype), v, *rest)
+
+
+def test_values_that_are_part_of_the_keys_have_no_scales_of_their_own():
+  (q, k, _, *rest), options = arguments(Batch(GROUP, chunks=None), "latent int8")
+  with pytest.raises(ValueError, match="v_scale must be None without v"):
+    paged_attention(q, k, None, *rest, **options, v_scale=options["k_scale"])
 
 
 # Through a Context.

@@ -73,6 +73,8 @@ def paged_attention(
   _check_scales(k, k_scale, "k_scale")
   if v is not None:
     _check_scales(v, v_scale, "v_scale")
+  elif v_scale is not None:
+    raise ValueError("v_scale must be None without v: the values have k_scale")
   if sinks is not None and sinks.shape != (q.shape[1],):
     raise ValueError(f"sinks must be [{q.shape[1]}], got {sinks.shape}")
   if sliding_window is not None and sliding_window < 1:
@@ -119,7 +121,7 @@ def _check_values(k: Array, v: Array | None, v_head_dim: int | None) -> None:
 
 def _check_scales(pool: Array, scale: Array | None, name: str) -> None:
   if scale is None:
-    if not jnp.issubdtype(pool.dtype, jnp.floating):
+    if not jnp.issubdtype(pool.dtype, jnp.floating) or pool.dtype.itemsize < 2:
       raise ValueError(f"{name} is missing for elements of {pool.dtype}")
   elif scale.shape != pool.shape[:-1]:
     raise ValueError(f"{name} must be {pool.shape[:-1]}, got {scale.shape}")
