@@ -21,18 +21,27 @@ first; configuration is keyword-only. Users own `jax.jit`:
 from kvcache.attention import attend
 from kvcache.blocks import BlockPool
 from kvcache.checks import check_invariants, checked
-from kvcache.config import AttentionLayer, CacheConfig, NULL_BLOCK
+from kvcache.config import (
+  AttentionLayer,
+  CacheConfig,
+  NULL_BLOCK,
+  NULL_STATE,
+  RecurrentLayer,
+)
 from kvcache.context import (
   bookkeeping_bytes,
   commit,
   Context,
   Counters,
   evict,
+  evict_snapshots,
   extend,
   init,
   publish,
+  read_state,
   step_metadata,
   write_kv,
+  write_state,
 )
 from kvcache.errors import (
   BlockOverflowError,
@@ -44,6 +53,7 @@ from kvcache.errors import (
   raise_for_status,
   SequenceOverflowError,
   SequenceTooLongError,
+  StateError,
   Status,
   TokenBudgetError,
 )
@@ -58,11 +68,14 @@ from kvcache.sampling import SamplingParams, SamplingSettings
 from kvcache.scheduler import SchedulerConfig
 from kvcache.sequences import SequenceTable
 from kvcache.serve import serve, step
+from kvcache.state_rows import StateRows
+from kvcache.states import StateStore
 
 __version__ = "0.1.0"
 
 __all__ = [
   "NULL_BLOCK",
+  "NULL_STATE",
   "Admission",
   "AttentionLayer",
   "BlockOverflowError",
@@ -80,6 +93,7 @@ __all__ = [
   "InvariantError",
   "KVStore",
   "PrefixIndex",
+  "RecurrentLayer",
   "RequestStatus",
   "Requests",
   "SamplingParams",
@@ -89,6 +103,9 @@ __all__ = [
   "SequenceTable",
   "SequenceTooLongError",
   "Slice",
+  "StateError",
+  "StateRows",
+  "StateStore",
   "Stats",
   "Status",
   "StepMetadata",
@@ -101,6 +118,7 @@ __all__ = [
   "commit",
   "events",
   "evict",
+  "evict_snapshots",
   "extend",
   "find",
   "finish",
@@ -110,6 +128,7 @@ __all__ = [
   "make_requests",
   "publish",
   "raise_for_status",
+  "read_state",
   "reset",
   "rewind",
   "serve",
@@ -117,4 +136,5 @@ __all__ = [
   "step",
   "step_metadata",
   "write_kv",
+  "write_state",
 ]

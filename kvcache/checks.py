@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kvcache import ragged
 from kvcache.context import Context
 from kvcache.errors import InvariantError
+from kvcache.state_rows import StateRows
 
 
 def invariants(ctx: Context) -> dict[str, Array]:
@@ -149,6 +150,55 @@ def invariants(ctx: Context) -> dict[str, Array]:
   in_use = ragged.sum_int(refs > 0)
   held["capacity is conserved"] = (
     pool.num_free + index.num_evictable + in_use == config.num_blocks - 1
+  )
+  if ctx.state_rows is not None:
+    held |= _state_invariants(ctx, ctx.state_rows, is_free)
+  return held
+
+
+def _state_invariants(
+  ctx: Context, rows: StateRows, is_free_block: Array
+) -> dict[str, Array]:
+  held: dict[str, Array] = {}
+  table, config, pool = ctx.sequences, ctx.config, rows.pool
+  state = jnp.arange(config.num_states, dtype=jnp.int32)
+  listed = state < pool.num_free
+  free_ids = jnp.clip(pool.free_list, 0, config.num_states - 1)
+  at = ragged.masked(free_ids, listed, config.num_states)
+  times_free = jnp.zeros_like(state).at[at].add(1, mode="drop")
+  own = jnp.clip(rows.state_ids, 0, config.num_states - 1)
+  times_live = jnp.zeros_like(state).at[own].add((own > 0).astype(own.dtype))
+  is_snapshot = rows.block_ids > 0
+  times = times_free + times_live + is_snapshot.astype(jnp.int32)
+  held["every state is free, live in one row, or the snapshot of one block"] = jnp.all(
+    jnp.where(state == 0, times == times_live, times == 1)
+  )
+  held["live rows, and they alone, own a state"] = jnp.all(
+    (rows.state_ids > 0) == table.is_active
+  ) & jnp.all(own == rows.state_ids)
+  held["states in use have one reference"] = jnp.all(
+    (pool.ref_counts == 1) == ((times_live > 0) | is_snapshot)
+  ) & jnp.all((pool.ref_counts == 0) | (pool.ref_counts == 1))
+  block = jnp.arange(config.num_blocks, dtype=jnp.int32)
+  snapshots = jnp.clip(rows.snapshot_ids, 0, config.num_states - 1)
+  blocks_of = jnp.clip(rows.block_ids, 0, config.num_blocks - 1)
+  held["snapshots and blocks name each other"] = jnp.all(
+    (snapshots == 0) | (rows.block_ids[snapshots] == block)
+  ) & jnp.all(~is_snapshot | (rows.snapshot_ids[blocks_of] == state))
+  held["blocks of snapshots are not free"] = ~jnp.any((snapshots > 0) & is_free_block)
+  column = jnp.maximum(table.seq_lens // config.block_size - 1, 0)
+  row = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  last = jnp.clip(table.block_tables[row, column], 0, config.num_blocks - 1)
+  ends = (table.seq_lens > 0) & (table.seq_lens % config.block_size == 0)
+  reads_snapshot = ends & (rows.source_ids == snapshots[last]) & (rows.source_ids > 0)
+  reads_own = (table.seq_lens > 0) & (rows.source_ids == rows.state_ids)
+  reads_zeros = (table.seq_lens == 0) & (rows.source_ids == 0)
+  held["rows read their own state, their last block's snapshot, or zeros"] = jnp.all(
+    reads_snapshot | reads_own | reads_zeros
+  )
+  held["every inactive row has a state to come"] = rows.num_spare >= 0
+  held["the null state is zero"] = jnp.all(
+    jnp.stack([jnp.all(x[:, 0] == 0) for x in jax.tree.leaves(ctx.states)])
   )
   return held
 

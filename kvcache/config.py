@@ -4,16 +4,20 @@ A `CacheConfig` is hashable, so it can be a static argument of a jitted function
 is the static field of `Context`. It is made from the model's layers in model order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
 NULL_BLOCK = 0
 """Block that pads block tables: never allocated, never written, always safe to read."""
+
+NULL_STATE = 0
+"""State that is all zeros: never allocated or written, read by new sequences."""
 
 _INDEX_SLOTS_PER_BLOCK = 4
 _QUEUE_SLOTS_PER_BLOCK = 3
@@ -59,12 +63,87 @@ class AttentionLayer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentLayer:
+  """What one recurrent layer keeps per sequence: arrays of fixed shape.
+
+  Attributes:
+    state: Name of each array -> its shape, or a `jax.ShapeDtypeStruct` for another
+      dtype than float32. Kept as a sorted tuple of pairs.
+  """
+
+  state: Mapping[str, Any] | tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+
+  def __post_init__(self):
+    arrays = {name: _state_array(name, value) for name, value in self.arrays.items()}
+    if not arrays:
+      raise ValueError("state must name at least one array")
+    object.__setattr__(self, "state", tuple(sorted(arrays.items())))
+
+  @property
+  def arrays(self) -> dict[str, Any]:
+    """Shape and dtype of each array, by name."""
+    return dict(self.state)
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of one sequence's state."""
+    return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+  @classmethod
+  def mamba2(
+    cls,
+    *,
+    num_heads: int,
+    head_dim: int,
+    state_size: int,
+    num_groups: int = 1,
+    conv_width: int = 4,
+  ) -> "RecurrentLayer":
+    """Mamba-2: `conv [channels, width - 1]`, `ssm [heads, head_dim, state_size]`."""
+    channels = num_heads * head_dim + 2 * num_groups * state_size
+    ssm = (num_heads, head_dim, state_size)
+    return cls(state={"conv": (channels, conv_width - 1), "ssm": ssm})
+
+  @classmethod
+  def mamba1(
+    cls, *, num_channels: int, state_size: int, conv_width: int = 4
+  ) -> "RecurrentLayer":
+    """Mamba-1: `conv [channels, width - 1]`, `ssm [channels, state_size]`."""
+    conv, ssm = (num_channels, conv_width - 1), (num_channels, state_size)
+    return cls(state={"conv": conv, "ssm": ssm})
+
+  @classmethod
+  def gated_delta_net(
+    cls,
+    *,
+    num_key_heads: int,
+    num_value_heads: int,
+    key_dim: int,
+    value_dim: int,
+    conv_width: int = 4,
+  ) -> "RecurrentLayer":
+    """Gated delta net: `conv`, and `delta [value heads, key_dim, value_dim]`."""
+    channels = 2 * num_key_heads * key_dim + num_value_heads * value_dim
+    delta = (num_value_heads, key_dim, value_dim)
+    return cls(state={"conv": (channels, conv_width - 1), "delta": delta})
+
+  @classmethod
+  def short_conv(cls, *, num_channels: int, conv_width: int) -> "RecurrentLayer":
+    """A short convolution: `conv [channels, width - 1]`."""
+    return cls(state={"conv": (num_channels, conv_width - 1)})
+
+
+Layer = AttentionLayer | RecurrentLayer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
   """The static description of a `Context`.
 
   Attributes:
-    layers: The model's layers that keep something, in model order. All must be alike
-      for now: layers that keep different things form groups, which are still to come.
+    layers: The model's layers that keep something, in model order. All attention layers
+      must be alike for now, and all recurrent ones: layers that keep different things
+      form groups, which are still to come.
     num_blocks: `N`, blocks in the pool, the null block included.
     block_size: Token positions in one block.
     max_seqs: `S`, rows of the sequence table.
@@ -74,9 +153,13 @@ class CacheConfig:
     chunk_size: Entries handled by one iteration of the bulk loops (publish, release,
       evict).
     index_ways: Blocks that one bucket of the prefix index can hold.
+    num_snapshots: Recurrent states that can be kept beside cached blocks, so that a
+      prefix hit can start from them. `max_seqs` if None; 0 without recurrent layers.
+    snapshot_interval: A snapshot is taken every so many blocks, besides the one at the
+      last block of a prompt that an equal prompt could adopt.
   """
 
-  layers: tuple[AttentionLayer, ...]
+  layers: tuple[Layer, ...]
   num_blocks: int
   block_size: int = 16
   max_seqs: int = 16
@@ -84,6 +167,8 @@ class CacheConfig:
   dtype: DTypeLike = jnp.float32
   chunk_size: int = 256
   index_ways: int = 16
+  num_snapshots: int | None = None
+  snapshot_interval: int = 16
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))
@@ -91,15 +176,29 @@ class CacheConfig:
     _check_positive(
       self, "block_size", "max_seqs", "max_seq_len", "chunk_size", "index_ways"
     )
+    _check_positive(self, "snapshot_interval")
     if not self.layers:
-      raise ValueError("layers must name at least one attention layer")
+      raise ValueError("layers must name at least one layer")
     for layer in self.layers:
-      if not isinstance(layer, AttentionLayer):
-        raise ValueError(f"layers holds {layer!r}, which is not an AttentionLayer")
-    if len(set(self.layers)) > 1:
+      if not isinstance(layer, Layer):
+        raise ValueError(
+          f"layers holds {layer!r}, which is no AttentionLayer and no RecurrentLayer"
+        )
+    for kind in (AttentionLayer, RecurrentLayer):
+      different = {layer for layer in self.layers if isinstance(layer, kind)}
+      if len(different) > 1:
+        raise ValueError(
+          f"all layers of a kind must be alike, got {sorted(map(str, different))}"
+        )
+    if self.num_snapshots is None:
+      num = self.max_seqs if self.num_recurrent_layers else 0
+      object.__setattr__(self, "num_snapshots", num)
+    elif not isinstance(self.num_snapshots, int) or self.num_snapshots < 0:
       raise ValueError(
-        f"all layers must be alike, got {sorted(map(str, set(self.layers)))}"
+        f"num_snapshots must be a non-negative int, got {self.num_snapshots!r}"
       )
+    elif self.num_snapshots and not self.num_recurrent_layers:
+      raise ValueError("num_snapshots is given, but no layer is recurrent")
     if not isinstance(self.num_blocks, int) or self.num_blocks < 2:
       raise ValueError(
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"
@@ -113,40 +212,85 @@ class CacheConfig:
 
   @classmethod
   def from_memory(
-    cls, num_bytes: float, *, layers: Sequence[AttentionLayer], **sizes: Any
+    cls,
+    num_bytes: float,
+    *,
+    layers: Sequence[Layer],
+    state_fraction: float | None = None,
+    **sizes: Any,
   ) -> "CacheConfig":
-    """Returns the largest configuration whose K/V pools fit a budget.
+    """Returns the largest configuration whose pools fit a budget.
 
     Args:
-      num_bytes: Bytes for keys and values. The tables, lists and hashes beside them are
-        not counted: `kvcache.bookkeeping_bytes(config)`, commonly below 1 % of the
-        pools.
+      num_bytes: Bytes for keys, values and recurrent states. The tables, lists and
+        hashes beside them are not counted: `kvcache.bookkeeping_bytes(config)`,
+        commonly below 1 % of the pools.
       layers: As in `CacheConfig`.
+      state_fraction: Share of the budget for recurrent states, in (0, 1). It decides
+        `num_snapshots` if `max_seqs` is given, else both: as many sequences as
+        snapshots. If omitted, `max_seqs` and `num_snapshots` decide.
       **sizes: Any other field of `CacheConfig` except `num_blocks`.
 
     Raises:
-      ValueError: The budget cannot hold the null block and one usable block.
+      ValueError: The budget cannot hold the null block and one usable block, and the
+        states of one sequence.
     """
     if "num_blocks" in sizes:
       raise ValueError("from_memory computes num_blocks; pass num_bytes only")
-    smallest = cls(layers=tuple(layers), num_blocks=2, **sizes)
-    num_blocks = int(num_bytes // smallest.bytes_per_block)
+    layers = tuple(layers)
+    if state_fraction is not None:
+      sizes |= _state_sizes(num_bytes, layers, state_fraction, sizes)
+    smallest = cls(layers=layers, num_blocks=2, **sizes)
+    if not smallest.bytes_per_block:
+      raise ValueError("no layer keeps anything per token; pass num_blocks yourself")
+    state_bytes = smallest.num_states * smallest.bytes_per_state
+    num_blocks = int((num_bytes - state_bytes) // smallest.bytes_per_block)
     if num_blocks < 2:
+      beside = f" beside {state_bytes} bytes of recurrent states" if state_bytes else ""
       raise ValueError(
         f"num_bytes={num_bytes:.0f} cannot hold the null block and one usable block of"
-        f" {smallest.bytes_per_block} bytes each"
+        f" {smallest.bytes_per_block} bytes each{beside}"
       )
     return dataclasses.replace(smallest, num_blocks=num_blocks)
 
   @property
   def num_layers(self) -> int:
     """`L`, attention layers in the group."""
-    return len(self.layers)
+    return sum(isinstance(layer, AttentionLayer) for layer in self.layers)
+
+  @property
+  def num_recurrent_layers(self) -> int:
+    """`R`, recurrent layers."""
+    return sum(isinstance(layer, RecurrentLayer) for layer in self.layers)
+
+  @property
+  def recurrent_layer(self) -> RecurrentLayer | None:
+    """What each of the recurrent layers keeps, or None if there are none."""
+    return next((x for x in self.layers if isinstance(x, RecurrentLayer)), None)
+
+  @property
+  def num_states(self) -> int:
+    """`M`, rows of the state pool: the null row, one per sequence, and snapshots."""
+    if not self.num_recurrent_layers:
+      return 0
+    return 1 + self.max_seqs + (self.num_snapshots or 0)
+
+  @property
+  def snapshot_tokens(self) -> int:
+    """Tokens from one regular snapshot to the next."""
+    return self.snapshot_interval * self.block_size
+
+  @property
+  def bytes_per_state(self) -> int:
+    """Bytes of one sequence's recurrent state, all layers."""
+    return _bytes_per_state(self.layers)
 
   @property
   def layer(self) -> AttentionLayer:
-    """What each of the layers keeps, its dtype resolved."""
-    layer = self.layers[0]
+    """What each of the attention layers keeps, its dtype resolved."""
+    nothing = AttentionLayer(num_kv_heads=1, head_dim=1)  # of a model without any
+    attention = (x for x in self.layers if isinstance(x, AttentionLayer))
+    layer = next(attention, nothing)
     return dataclasses.replace(
       layer, dtype=self.dtype if layer.dtype is None else layer.dtype
     )
@@ -212,8 +356,10 @@ class CacheConfig:
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of the key, value and scale arrays that `init` makes."""
-    return self.num_blocks * self.bytes_per_block
+    """Bytes of the key, value, scale and state arrays that `init` makes."""
+    return (
+      self.num_blocks * self.bytes_per_block + self.num_states * self.bytes_per_state
+    )
 
 
 def _kv_dtype(dtype: DTypeLike) -> np.dtype:
@@ -227,6 +373,41 @@ def _kv_dtype(dtype: DTypeLike) -> np.dtype:
       f" {dtype}"
     )
   return dtype
+
+
+def _state_array(name: str, value: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of one array of a recurrent state."""
+  if not isinstance(value, jax.ShapeDtypeStruct):
+    value = jax.ShapeDtypeStruct(tuple(value), jnp.float32)
+  if not all(isinstance(size, int) and size > 0 for size in value.shape):
+    raise ValueError(f"state {name!r} must have positive sizes, got {value.shape}")
+  return value
+
+
+def _bytes_per_state(layers: tuple[Layer, ...]) -> int:
+  return sum(layer.num_bytes for layer in layers if isinstance(layer, RecurrentLayer))
+
+
+def _state_sizes(
+  num_bytes: float, layers: tuple[Layer, ...], fraction: float, sizes: dict[str, Any]
+) -> dict[str, int]:
+  """`max_seqs` and `num_snapshots` that fill a share of the budget with states."""
+  if not 0 < fraction < 1:
+    raise ValueError(f"state_fraction must be between 0 and 1, got {fraction}")
+  if "num_snapshots" in sizes:
+    raise ValueError("state_fraction computes num_snapshots; pass one of them")
+  per_state = _bytes_per_state(layers)
+  if not per_state:
+    raise ValueError("state_fraction is given, but no layer is recurrent")
+  num_states = int(num_bytes * fraction // per_state)
+  max_seqs = sizes.get("max_seqs", num_states // 2)
+  if num_states < 1 + max_seqs or max_seqs < 1:
+    raise ValueError(
+      f"{fraction} of num_bytes={num_bytes:.0f} holds {num_states} states of"
+      f" {per_state} bytes each: too few for the null state and {max(max_seqs, 1)}"
+      " sequences"
+    )
+  return {"max_seqs": max_seqs, "num_snapshots": num_states - 1 - max_seqs}
 
 
 def _check_positive(config: object, *names: str) -> None:

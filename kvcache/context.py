@@ -5,6 +5,7 @@ row that cannot be served is returned as it was, with a `Status` that says why. 
 own `jax.jit`; with `donate_argnums=0` nothing the size of the cache is ever copied.
 """
 
+from collections.abc import Mapping
 import functools
 
 import flax.struct
@@ -23,14 +24,18 @@ from kvcache import (
   publishing,
   ragged,
   sequences,
+  state_rows,
+  states,
 )
 from kvcache.blocks import BlockPool
-from kvcache.config import CacheConfig
+from kvcache.config import CacheConfig, NULL_STATE
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.metadata import StepMetadata
 from kvcache.prefix import PrefixIndex
 from kvcache.sequences import SequenceTable
+from kvcache.state_rows import StateRows
+from kvcache.states import StateStore
 
 
 class Counters(flax.struct.PyTreeNode, kw_only=True):
@@ -43,6 +48,8 @@ class Counters(flax.struct.PyTreeNode, kw_only=True):
     num_complete: Prompts whose hit reached the last block that may be adopted.
     num_cut: Prompts whose hit ended earlier, because the next block was not cached.
     num_evicted: Blocks evicted.
+    lost_tokens: Tokens of those prompts that were cached and yet had to be computed,
+      because no snapshot of the recurrent state stood there.
   """
 
   num_admitted: Array
@@ -51,16 +58,20 @@ class Counters(flax.struct.PyTreeNode, kw_only=True):
   num_complete: Array
   num_cut: Array
   num_evicted: Array
+  lost_tokens: Array
 
 
 class Context(flax.struct.PyTreeNode, kw_only=True):
-  """The whole memory: five parts, composed.
+  """The whole memory: its parts, composed.
 
   Attributes:
     pool: Which blocks are free, how many table entries name each.
     sequences: Which blocks each sequence owns; lengths.
     prefix: Which blocks hold which tokens; eviction order.
     kv: Keys and values.
+    state_rows: Which recurrent states are free, live or snapshots; None if no layer is
+      recurrent.
+    states: The recurrent states, or None.
     counters: Running totals for `stats`.
     config: Static sizes.
   """
@@ -69,18 +80,20 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
   sequences: SequenceTable
   prefix: PrefixIndex
   kv: KVStore
+  state_rows: StateRows | None
+  states: StateStore | None
   counters: Counters
   config: CacheConfig = flax.struct.field(pytree_node=False)
 
   @property
   def tables(self) -> publishing.Tables:
-    """Everything but keys and values: what the bookkeeping loops carry."""
-    return self.pool, self.sequences, self.prefix
+    """Everything but keys, values and states: what the bookkeeping loops carry."""
+    return self.pool, self.sequences, self.prefix, self.state_rows
 
   def with_tables(self, tables: publishing.Tables) -> "Context":
     """The same context with other bookkeeping."""
-    pool, table, index = tables
-    return self.replace(pool=pool, sequences=table, prefix=index)
+    pool, table, index, rows = tables
+    return self.replace(pool=pool, sequences=table, prefix=index, state_rows=rows)
 
 
 def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
@@ -93,6 +106,16 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
   """
   words = jnp.asarray(salt).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
+  rows, store, recurrent = None, None, config.recurrent_layer
+  if recurrent is not None:
+    rows = state_rows.init(
+      num_states=config.num_states,
+      num_blocks=config.num_blocks,
+      max_seqs=config.max_seqs,
+    )
+    store = states.init(
+      recurrent, num_layers=config.num_recurrent_layers, num_states=config.num_states
+    )
   return Context(
     pool=blocks.init(config.num_blocks),
     sequences=sequences.init(config.max_seqs, config.max_blocks_per_seq),
@@ -110,6 +133,8 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
       num_blocks=config.num_blocks,
       block_size=config.block_size,
     ),
+    state_rows=rows,
+    states=store,
     counters=Counters(
       **{name: jnp.uint32(0) for name in Counters.__dataclass_fields__}
     ),
@@ -118,7 +143,7 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
 
 
 def bookkeeping_bytes(config: CacheConfig) -> int:
-  """Bytes of every array that `init` makes except keys and values."""
+  """Bytes of every array that `init` makes except keys, values and states."""
   shapes = jax.tree.leaves(jax.eval_shape(functools.partial(init, config)))
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
   return total - config.num_bytes
@@ -242,6 +267,59 @@ def write_kv(
   return ctx.replace(kv=kv.write(ctx.kv, layer, k, v, metadata.slot_mapping))
 
 
+def read_state(
+  ctx: Context, layer: ArrayLike, metadata: StepMetadata
+) -> dict[str, Array]:
+  """Reads the states of one recurrent layer that a step starts from.
+
+  Args:
+    ctx: The context, after `extend` and before `commit`.
+    layer: `[]` int32, may be traced: index of the recurrent layer.
+    metadata: Of this step.
+
+  Returns:
+    Name -> `[S, ...]`: each row's state before its new tokens; zeros where it has none.
+  """
+  rows, store = _recurrent(ctx)
+  in_step = metadata.query_lens > 0
+  return states.read(store, layer, jnp.where(in_step, rows.source_ids, NULL_STATE))
+
+
+def write_state(
+  ctx: Context, layer: ArrayLike, state: Mapping[str, Array], metadata: StepMetadata
+) -> Context:
+  """Stores the states of one recurrent layer after a step's tokens.
+
+  Every recurrent layer must be written in every step before `commit`.
+
+  Args:
+    ctx: The context.
+    layer: `[]` int32, may be traced: index of the recurrent layer.
+    state: Name -> `[S, ...]`, cast to the layer's dtypes. Rows that are not in the step
+      are ignored.
+    metadata: Of this step.
+
+  Raises:
+    ValueError: Names or shapes are not those of the layer.
+  """
+  rows, store = _recurrent(ctx)
+  wanted = {
+    name: (ctx.config.max_seqs, *pool.shape[2:]) for name, pool in store.arrays.items()
+  }
+  got = {name: jnp.shape(array) for name, array in state.items()}
+  if got != wanted:
+    raise ValueError(f"state must have shapes {wanted}, got {got}")
+  in_step = metadata.query_lens > 0
+  state_ids = ragged.masked(rows.state_ids, in_step, store.num_states)
+  return ctx.replace(states=states.write(store, layer, state, state_ids))
+
+
+def _recurrent(ctx: Context) -> tuple[StateRows, StateStore]:
+  if ctx.state_rows is None or ctx.states is None:
+    raise ValueError("the context has no recurrent layer; name it in config.layers")
+  return ctx.state_rows, ctx.states
+
+
 def commit(
   ctx: Context,
   tokens: ArrayLike,
@@ -256,16 +334,36 @@ def commit(
     tokens: `[T]` int32, the tokens the model computed.
     metadata: Of this step.
     accepted: `[S]` int32. How many of each row's tokens stay; all if omitted. The next
-      step overwrites the others.
+      step overwrites the others. Not with recurrent layers, whose states stand behind
+      the last token.
+
+  Raises:
+    ValueError: `accepted` is given, and a layer is recurrent.
   """
   tokens = arguments.as_int32("tokens", tokens, shape=(metadata.num_tokens,))
   num_new = metadata.query_lens
   if accepted is not None:
+    if ctx.state_rows is not None:
+      raise ValueError("accepted cannot be given: a recurrent state has no way back")
     accepted = arguments.as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
     num_new = jnp.clip(accepted, 0, num_new)
   index = prefix.store_tokens(ctx.prefix, metadata.slot_mapping, tokens)
   table = ctx.sequences.replace(seq_lens=ctx.sequences.seq_lens + num_new)
-  return ctx.replace(sequences=table, prefix=index)
+  rows = ctx.state_rows
+  if rows is not None:
+    rows = _advance_states(ctx, rows, table.seq_lens)
+  return ctx.replace(sequences=table, prefix=index, state_rows=rows)
+
+
+def _advance_states(ctx: Context, rows: StateRows, seq_lens: Array) -> StateRows:
+  """Lets sequences go on from the states just written; keeps some as snapshots."""
+  config, before = ctx.config, ctx.sequences.seq_lens
+  moved = seq_lens > before
+  wanted = state_rows.next_wanted(rows, before, interval=config.snapshot_tokens)
+  column = jnp.maximum(seq_lens // config.block_size - 1, 0)
+  row = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  ends = ctx.sequences.block_tables[row, column]
+  return state_rows.advance(rows, moved, moved & (seq_lens == wanted), ends)
 
 
 # --- The prefix index -----------------------------------------------------------------
@@ -289,20 +387,37 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   """
   count = arguments.as_int32("count", count, shape=())
 
-  def go(state: tuple[BlockPool, PrefixIndex, Array]):
-    pool, index, left = state
+  def go(state: tuple[BlockPool, PrefixIndex, StateRows | None, Array]):
+    pool, index, rows, left = state
     index, block_ids, mask = prefix.pop(index, left, num_entries=ctx.config.chunk_size)
-    return blocks.push(pool, block_ids, mask), index, left - ragged.sum_int(mask)
+    if rows is not None:
+      rows = state_rows.drop(rows, block_ids, mask)
+    pool = blocks.push(pool, block_ids, mask)
+    return pool, index, rows, left - ragged.sum_int(mask)
 
   # Ends because every round frees a block or moves the ring's head on.
-  pool, index, left = jax.lax.while_loop(
-    lambda state: (state[2] > 0) & (state[1].num_evictable > 0),
+  pool, index, rows, left = jax.lax.while_loop(
+    lambda state: (state[3] > 0) & (state[1].num_evictable > 0),
     go,
-    (ctx.pool, ctx.prefix, count),
+    (ctx.pool, ctx.prefix, ctx.state_rows, count),
   )
   num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
   counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + total(num))
-  return ctx.replace(pool=pool, prefix=index, counters=counters), num
+  ctx = ctx.replace(pool=pool, prefix=index, state_rows=rows, counters=counters)
+  return ctx, num
+
+
+def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
+  """Frees up to `count` snapshots that no sequence reads, least recently used first.
+
+  Their blocks stay cached; a hit on them ends at an earlier snapshot.
+
+  Returns:
+    `(ctx, num_evicted [])`.
+  """
+  count = arguments.as_int32("count", count, shape=())
+  rows, num = state_rows.evict(_recurrent(ctx)[0], count)
+  return ctx.replace(state_rows=rows), num
 
 
 def total(values: Array) -> Array:

@@ -45,6 +45,10 @@ class InvalidRequestError(CacheError):
   """An argument's value is outside its range, such as a negative count."""
 
 
+class StateError(CacheError):
+  """No recurrent state stands where the sequence was to return to."""
+
+
 class InvariantError(CacheError):
   """`check_invariants` found a context that no sequence of verbs can make."""
 
@@ -64,6 +68,7 @@ class Status(enum.IntEnum):
   EMPTY = 5
   INACTIVE = 6
   INVALID = 7
+  NO_STATE = 8
 
   @property
   def is_transient(self) -> bool:
@@ -84,6 +89,7 @@ _EXCEPTIONS: dict[Status, type[CacheError]] = {
   Status.EMPTY: EmptySequenceError,
   Status.INACTIVE: InactiveSequenceError,
   Status.INVALID: InvalidRequestError,
+  Status.NO_STATE: StateError,
 }
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from kvcache import ragged
 from kvcache.config import AttentionLayer
 
-_COPY_BATCH = 4
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _LARGEST = {np.dtype(jnp.int8): 127.0, _FP8: 448.0}
 """Largest magnitude of each quantised type: what a head's largest element becomes."""
@@ -148,34 +147,11 @@ def write(
 
 
 def copy_blocks(store: KVStore, source: Array, target: Array) -> KVStore:
-  """Copies whole blocks in all layers.
-
-  Costs what is copied: a few blocks at a time, so that a list of mostly dropped entries
-  moves next to nothing.
+  """Copies whole blocks in all layers; see `ragged.copy_rows`.
 
   Args:
     store: The store.
     source: `[F]` int32.
     target: `[F]` int32, distinct, and none of them a source; `N` drops the entry.
   """
-  size = source.shape[0]
-  mask = target < store.num_blocks
-  to = ragged.masked(ragged.ranks(mask), mask, size)
-  source = jnp.zeros(size, jnp.int32).at[to].set(source, mode="drop")
-  target = jnp.full(size, store.num_blocks).at[to].set(target, mode="drop")
-  num = ragged.sum_int(mask)
-
-  def copy(state: tuple[KVStore, Array]) -> tuple[KVStore, Array]:
-    store, start = state
-    at = start + jnp.arange(min(size, _COPY_BATCH), dtype=jnp.int32)
-    at = jnp.minimum(at, size - 1)  # Copying the last one twice is harmless.
-
-    def put(pool: Array) -> Array:
-      blocks = ragged.hold(pool[:, source[at]])
-      return pool.at[:, target[at]].set(blocks, mode="drop")
-
-    return jax.tree.map(put, store), start + at.shape[0]
-
-  # Ends because `start` grows to `num`.
-  store, _ = lax.while_loop(lambda state: state[1] < num, copy, (store, jnp.int32(0)))
-  return store
+  return ragged.copy_rows(store, source, target, num_rows=store.num_blocks)

@@ -5,10 +5,21 @@ from jax import Array
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kvcache import arguments, blocks, kv, prefix, ragged, releasing, sequences
-from kvcache.config import NULL_BLOCK
+from kvcache import (
+  arguments,
+  blocks,
+  kv,
+  prefix,
+  ragged,
+  releasing,
+  sequences,
+  state_rows,
+  states,
+)
+from kvcache.config import NULL_BLOCK, NULL_STATE
 from kvcache.context import Context, init, publish, total
 from kvcache.errors import Status
+from kvcache.state_rows import StateRows
 
 
 class Admission(flax.struct.PyTreeNode, kw_only=True):
@@ -37,8 +48,10 @@ def admit(
   """Gives each prompt a row that starts with its longest cached prefix.
 
   A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be
-  computed to have logits. Prompts of one call do not see each other's tokens: nothing
-  is computed yet. Prompts are served in order; the row is the lowest one free.
+  computed to have logits. With recurrent layers the prefix ends where a snapshot of the
+  state stands, and the row starts from it. Prompts of one call do not see each other's
+  tokens: nothing is computed yet. Prompts are served in order; the row is the lowest
+  one free.
 
   Args:
     ctx: The context.
@@ -78,7 +91,7 @@ def admit_published(
   lengths = arguments.as_int32("lengths", lengths, shape=(num_prompts,))
   namespaces = arguments.as_namespaces(namespace, num_prompts)
 
-  pool, table, index = ctx.tables
+  pool, table, index, live_states = ctx.tables
   status = jnp.full(num_prompts, Status.OK, jnp.int32)
   status = jnp.where(lengths > max_len, Status.INVALID, status)
   status = jnp.where(lengths > config.max_tokens_per_seq, Status.TOO_LONG, status)
@@ -86,7 +99,7 @@ def admit_published(
   has_tokens = status == Status.OK
 
   num_full = jnp.where(has_tokens, (lengths - 1) // config.block_size, 0)
-  block_ids, num_hits = _find(ctx, tokens, num_full, namespaces)
+  block_ids, num_hits, num_lost = _find(ctx, tokens, num_full, namespaces)
 
   rank = ragged.ranks(has_tokens)
   has_row = has_tokens & (rank < ragged.sum_int(~table.is_active))
@@ -119,6 +132,15 @@ def admit_published(
     num_frozen=num_hits,
     is_sealed=jnp.zeros_like(ok),
   )
+  if live_states is not None:
+    last = jnp.take_along_axis(block_ids, jnp.maximum(num_hits - 1, 0)[:, None], axis=1)
+    live_states = state_rows.start(
+      live_states,
+      rows,
+      ok,
+      last_blocks=jnp.where(num_hits > 0, last[:, 0], NULL_BLOCK),
+      wanted_lens=num_full * config.block_size,
+    )
   counters = ctx.counters
   counters = counters.replace(
     num_admitted=counters.num_admitted + total(ok),
@@ -126,8 +148,11 @@ def admit_published(
     hit_tokens=counters.hit_tokens + total(num_cached),
     num_complete=counters.num_complete + total(ok & (num_hits == num_full)),
     num_cut=counters.num_cut + total(ok & (num_hits < num_full)),
+    lost_tokens=counters.lost_tokens
+    + total(jnp.where(ok, num_lost * config.block_size, 0)),
   )
-  ctx = ctx.with_tables((pool, table, index)).replace(counters=counters)
+  tables = pool, table, index, live_states
+  ctx = ctx.with_tables(tables).replace(counters=counters)
   seq_ids = jnp.where(ok, rows, -1)
   return ctx, Admission(seq_ids=seq_ids, num_cached=num_cached, status=status)
 
@@ -151,26 +176,35 @@ def find(
   lengths = arguments.as_int32("lengths", lengths, shape=(tokens.shape[0],))
   namespaces = arguments.as_namespaces(namespace, tokens.shape[0])
   num_full = jnp.maximum(lengths - 1, 0) // ctx.config.block_size
-  return _find(ctx, tokens, num_full, namespaces)
+  block_ids, num_hits, _ = _find(ctx, tokens, num_full, namespaces)
+  return block_ids, num_hits
 
 
 def _find(
   ctx: Context, tokens: Array, num_full: Array, namespaces: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
+  """Blocks to adopt, how many, and how many more are cached but without a state."""
   config, (num_prompts, max_len) = ctx.config, tokens.shape
   num_columns = max(1, min(max_len // config.block_size, config.max_blocks_per_seq))
   width = num_columns * config.block_size
   padding = max(0, width - max_len)
   prompts = jnp.pad(tokens, ((0, 0), (0, padding)))[:, :width]
   prompts = prompts.reshape(num_prompts, num_columns, config.block_size)
-  return prefix.match(ctx.prefix, prompts, num_full, namespaces)
+  block_ids, num_cached = prefix.match(ctx.prefix, prompts, num_full, namespaces)
+  num_hits = num_cached
+  if ctx.state_rows is not None:
+    num_hits = state_rows.cut_hits(ctx.state_rows, block_ids, num_cached)
+    column = jnp.arange(num_columns, dtype=jnp.int32)[None]
+    block_ids = jnp.where(column < num_hits[:, None], block_ids, NULL_BLOCK)
+  return block_ids, num_hits, num_cached - num_hits
 
 
 def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   """Starts new sequences that continue existing ones.
 
-  A fork shares the full blocks of its source and gets a copy of the partial one, so
-  each branch writes only blocks of its own. Blocks reserved by `extend` are not shared.
+  A fork shares the full blocks of its source and gets a copy of the partial one and of
+  the recurrent state, so each branch writes only what is its own. Blocks reserved by
+  `extend` are not shared.
 
   Args:
     ctx: The context.
@@ -183,7 +217,7 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   config = ctx.config
   src = arguments.as_int32("src", src, ndim=1)
   ctx = publish(ctx)
-  pool, table, index = ctx.tables
+  pool, table, index, live_states = ctx.tables
   in_range = (src >= 0) & (src < config.max_seqs)
   source = jnp.where(in_range, src, 0)
   live = in_range & table.is_active[source]
@@ -224,7 +258,10 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
     is_sealed=table.is_sealed[source],
   )
   store = kv.copy_blocks(ctx.kv, partial, to)
-  ctx = ctx.with_tables((pool, table, index)).replace(kv=store)
+  if live_states is not None and ctx.states is not None:
+    live_states, copies = state_rows.fork(live_states, source, rows, ok)
+    ctx = ctx.replace(states=states.copy(ctx.states, *copies))
+  ctx = ctx.with_tables((pool, table, index, live_states)).replace(kv=store)
   return ctx, jnp.where(ok, rows, -1), status
 
 
@@ -232,17 +269,19 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   """Drops the last tokens of each sequence, and the blocks reserved past them.
 
   A last block that is then partial is copied if it is shared or cached, since it will
-  be written again.
+  be written again. A recurrent state has no way back: with recurrent layers a row can
+  only return to length 0, or to the end of a block that has a snapshot.
 
   Args:
     ctx: The context.
     num_tokens: `[S]` int32. Tokens to drop; 0 leaves a row alone.
 
   Returns:
-    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`, or
-    `NO_BLOCKS` where the copy found no free block: those rows are unchanged.
+    `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`,
+    `NO_STATE` where no recurrent state stands at the length wanted, or `NO_BLOCKS`
+    where the copy found no free block: those rows are unchanged.
   """
-  config, (pool, table, index) = ctx.config, ctx.tables
+  config, (pool, table, index, live_states) = ctx.config, ctx.tables
   num_tokens = arguments.as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
   status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
   invalid = (num_tokens < 0) | (num_tokens > table.seq_lens)
@@ -250,6 +289,11 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   inactive = (num_tokens > 0) & ~table.is_active
   status = jnp.where(inactive, Status.INACTIVE, status)
   drops = (status == Status.OK) & (num_tokens > 0)
+  source_ids = jnp.zeros_like(num_tokens)
+  if live_states is not None:
+    source_ids, stands = _state_at(ctx, live_states, table.seq_lens - num_tokens)
+    status = jnp.where(drops & ~stands, Status.NO_STATE, status)
+    drops &= stands
   seq_lens = jnp.where(drops, table.seq_lens - num_tokens, table.seq_lens)
   num_full = seq_lens // config.block_size
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
@@ -269,8 +313,11 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   index = prefix.copy_tokens(index, last, to)
   num_kept = num_full + (is_partial & ~copies).astype(jnp.int32)
   num_kept = jnp.where(drops, num_kept, table.num_blocks)
-  pool, table, index = releasing.release(
-    (pool, table, index), num_kept, chunk_size=config.chunk_size
+  if live_states is not None:
+    source_ids = jnp.where(drops, source_ids, live_states.source_ids)
+    live_states = live_states.replace(source_ids=source_ids)
+  pool, table, index, live_states = releasing.release(
+    (pool, table, index, live_states), num_kept, chunk_size=config.chunk_size
   )
   table = sequences.set_blocks(table, rows, table.num_blocks, targets, copies)
   cut = jnp.where(drops, num_full, table.num_frozen)
@@ -285,7 +332,22 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     # under another parent, the other holders would not hold that parent.
     is_sealed=table.is_sealed & ~(drops & (num_published == num_frozen)),
   )
-  return ctx.with_tables((pool, table, index)).replace(kv=store), status
+  tables = pool, table, index, live_states
+  return ctx.with_tables(tables).replace(kv=store), status
+
+
+def _state_at(ctx: Context, rows: StateRows, seq_lens: Array) -> tuple[Array, Array]:
+  """`[S]` int32: the state that stands at these lengths; `[S]` bool: whether one does.
+
+  The snapshot may stand in a block that the row has yet to publish; it stays the row's.
+  """
+  size, table = ctx.config.block_size, ctx.sequences
+  column = jnp.clip(seq_lens // size - 1, 0, table.max_blocks_per_seq - 1)
+  row = jnp.arange(table.max_seqs, dtype=jnp.int32)
+  snapshots = rows.snapshot_ids[table.block_tables[row, column]]
+  is_end = (seq_lens > 0) & (seq_lens % size == 0)
+  found = jnp.where(is_end, snapshots, NULL_STATE)
+  return found, (seq_lens == 0) | (found != NULL_STATE)
 
 
 def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Context:
@@ -311,19 +373,22 @@ def finish_published(
   mask = arguments.as_mask("mask", mask, config.max_seqs)
   mask &= ctx.sequences.is_active
   num_kept = jnp.where(mask, 0, ctx.sequences.num_blocks)
-  pool, table, index = releasing.release(
+  pool, table, index, live_states = releasing.release(
     ctx.tables, num_kept, chunk_size=config.chunk_size, keep_prefix=keep_prefix
   )
-  return ctx.with_tables((pool, sequences.clear(table, mask), index))
+  if live_states is not None:
+    live_states = state_rows.clear(live_states, mask)
+  table = sequences.clear(table, mask)
+  return ctx.with_tables((pool, table, index, live_states))
 
 
 def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
   """Ends all sequences; forgets cached prefixes and counters, or keeps them.
 
-  Keys and values are left in place, unreachable.
+  Keys, values and states are left in place, unreachable.
   """
   if keep_prefix:
     return finish(ctx, jnp.ones(ctx.config.max_seqs, bool))
   fresh = init(ctx.config)
   index = fresh.prefix.replace(salt=ctx.prefix.salt)
-  return fresh.replace(prefix=index, kv=ctx.kv)
+  return fresh.replace(prefix=index, kv=ctx.kv, states=ctx.states)

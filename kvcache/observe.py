@@ -26,6 +26,8 @@ class Stats(flax.struct.PyTreeNode, kw_only=True):
       sharing.
     num_cached: Blocks in the prefix index, held or not.
     num_reserved: Token positions in blocks in use that hold no token yet.
+    num_snapshots: Recurrent states kept beside blocks.
+    num_free_states: Rows of the state pool that are neither live nor snapshots.
     hit_rate: `[]` float32. Share of all admitted prompt tokens that were cached.
     counters: Running totals, among them why hits ended.
   """
@@ -39,6 +41,8 @@ class Stats(flax.struct.PyTreeNode, kw_only=True):
   num_references: Array
   num_cached: Array
   num_reserved: Array
+  num_snapshots: Array
+  num_free_states: Array
   hit_rate: Array
   counters: Counters
 
@@ -60,6 +64,12 @@ def stats(ctx: Context) -> Stats:
   refs, table, counters = ctx.pool.ref_counts, ctx.sequences, ctx.counters
   room = table.num_blocks * ctx.config.block_size
   prompt_tokens = counters.prompt_tokens.astype(jnp.float32)
+  rows, num_snapshots, num_free_states = ctx.state_rows, jnp.int32(0), jnp.int32(0)
+  if rows is not None:
+    num_snapshots, num_free_states = (
+      ragged.sum_int(rows.block_ids > 0),
+      rows.pool.num_free,
+    )
   return Stats(
     num_sequences=ragged.sum_int(table.is_active),
     num_tokens=jnp.sum(table.seq_lens, dtype=jnp.int32),
@@ -70,6 +80,8 @@ def stats(ctx: Context) -> Stats:
     num_references=jnp.sum(refs, dtype=jnp.int32),
     num_cached=ragged.sum_int(ctx.prefix.way_of > 0),
     num_reserved=jnp.sum(room - table.seq_lens, dtype=jnp.int32),
+    num_snapshots=num_snapshots,
+    num_free_states=num_free_states,
     hit_rate=counters.hit_tokens.astype(jnp.float32) / jnp.maximum(prompt_tokens, 1.0),
     counters=counters,
   )

@@ -10,13 +10,14 @@ canonical.
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, sequences
+from kvcache import blocks, prefix, ragged, sequences, state_rows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
 from kvcache.sequences import SequenceTable
+from kvcache.state_rows import StateRows
 
-Tables = tuple[BlockPool, SequenceTable, PrefixIndex]
+Tables = tuple[BlockPool, SequenceTable, PrefixIndex, StateRows | None]
 
 
 def pending(table: SequenceTable, index: PrefixIndex) -> Array:
@@ -37,7 +38,12 @@ def publish(tables: Tables, *, chunk_size: int) -> Tables:
 
 
 def _round(
-  pool: BlockPool, table: SequenceTable, index: PrefixIndex, *, num_entries: int
+  pool: BlockPool,
+  table: SequenceTable,
+  index: PrefixIndex,
+  states: StateRows | None,
+  *,
+  num_entries: int,
 ) -> Tables:
   counts = pending(table, index)
   entries = ragged.expand(counts, num_entries)
@@ -64,6 +70,8 @@ def _round(
   index = prefix.dequeue(index, adopted)
   given = jnp.where(swapped, own, NULL_BLOCK)
   pool, _ = blocks.release(pool, given, keep=jnp.zeros_like(swapped))
+  if states is not None:
+    states = state_rows.merge(states, rows, own, adopted, swapped)
 
   table = sequences.set_blocks(table, rows, columns, adopted, swapped)
   to = ragged.masked(rows, done.is_done, table.max_seqs)
@@ -74,4 +82,4 @@ def _round(
     num_frozen=jnp.maximum(table.num_frozen, num_published),
     is_sealed=table.is_sealed.at[hopeless].set(True, mode="drop"),
   )
-  return pool, table, index
+  return pool, table, index, states

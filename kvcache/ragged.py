@@ -6,8 +6,11 @@ row.
 """
 
 import flax.struct
+import jax
 from jax import Array, lax
 import jax.numpy as jnp
+
+_COPY_BATCH = 4
 
 
 class Ragged(flax.struct.PyTreeNode, kw_only=True):
@@ -96,6 +99,44 @@ def read(array: Array, *index: Array) -> tuple[Array, Array]:
     `(array[index], array)`.
   """
   return lax.optimization_barrier((array[index], array))
+
+
+def copy_rows[Pools](
+  pools: Pools, source: Array, target: Array, *, num_rows: int
+) -> Pools:
+  """Copies rows of every layer of every array, in place.
+
+  Costs what is copied: a few rows at a time, so that a list of mostly dropped entries
+  moves next to nothing.
+
+  Args:
+    pools: Pytree of arrays `[L, num_rows, ...]`.
+    source: `[F]` int32.
+    target: `[F]` int32, distinct, and none of them a source; `num_rows` drops the
+      entry.
+    num_rows: Rows of each array.
+  """
+  size = source.shape[0]
+  mask = target < num_rows
+  to = masked(ranks(mask), mask, size)
+  source = jnp.zeros(size, jnp.int32).at[to].set(source, mode="drop")
+  target = jnp.full(size, num_rows).at[to].set(target, mode="drop")
+  num = sum_int(mask)
+
+  def copy(state: tuple[Pools, Array]) -> tuple[Pools, Array]:
+    pools, start = state
+    at = start + jnp.arange(min(size, _COPY_BATCH), dtype=jnp.int32)
+    at = jnp.minimum(at, size - 1)  # Copying the last one twice is harmless.
+
+    def put(pool: Array) -> Array:
+      rows = hold(pool[:, source[at]])
+      return pool.at[:, target[at]].set(rows, mode="drop")
+
+    return jax.tree.map(put, pools), start + at.shape[0]
+
+  # Ends because `start` grows to `num`.
+  pools, _ = lax.while_loop(lambda state: state[1] < num, copy, (pools, jnp.int32(0)))
+  return pools
 
 
 def sum_int(mask: Array) -> Array:

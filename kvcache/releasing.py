@@ -12,12 +12,13 @@ import math
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged
+from kvcache import blocks, prefix, ragged, state_rows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
 from kvcache.publishing import Tables
 from kvcache.sequences import SequenceTable
+from kvcache.state_rows import StateRows
 
 _WINDOW = 16
 _BULK = 16
@@ -29,38 +30,39 @@ def release(
   """Shortens every row to its first `num_kept` blocks.
 
   Args:
-    tables: Pool, sequence table and prefix index.
+    tables: Pool, sequence table, prefix index and state rows.
     num_kept: `[S]` int32. Rows with fewer blocks are left alone.
     chunk_size: Entries handled per iteration.
     keep_prefix: Whether cached blocks without holders stay cached. If not, those that
       no cached block continues return to the free list at once.
   """
-  pool, table, index = tables
+  pool, table, index, states = tables
   num_pushes = jnp.sum(_count(table, num_kept), dtype=jnp.int32)
   index = prefix.compact_queue(index, jnp.minimum(num_pushes, index.num_blocks))
   exclusive = jnp.maximum(num_kept, table.num_frozen)
 
   # All loops end because every iteration takes blocks from a row with a surplus.
   for num_entries, at_least in ((_BULK * chunk_size, chunk_size), (chunk_size, 0)):
-    pool, table = lax.while_loop(
+    pool, table, states = lax.while_loop(
       functools.partial(_has_surplus, num_kept=exclusive, at_least=at_least),
       functools.partial(
         _release_exclusive, num_kept=exclusive, num_entries=num_entries
       ),
-      (pool, table),
+      (pool, table, states),
     )
   return lax.while_loop(
     lambda state: jnp.any(_count(state[1], num_kept) > 0),
     lambda state: _release_frozen(
       *state, num_kept, num_entries=chunk_size, keep_prefix=keep_prefix
     ),
-    (pool, table, index),
+    (pool, table, index, states),
   )
 
 
-def _has_surplus(
-  state: tuple[BlockPool, SequenceTable], *, num_kept: Array, at_least: int
-) -> Array:
+_Bulk = tuple[BlockPool, SequenceTable, StateRows | None]
+
+
+def _has_surplus(state: _Bulk, *, num_kept: Array, at_least: int) -> Array:
   return jnp.sum(_count(state[1], num_kept), dtype=jnp.int32) > at_least
 
 
@@ -108,18 +110,19 @@ def _take(
   return table, taken.reshape(-1), ranks.reshape(-1)
 
 
-def _release_exclusive(
-  state: tuple[BlockPool, SequenceTable], *, num_kept: Array, num_entries: int
-) -> tuple[BlockPool, SequenceTable]:
-  pool, table = state
+def _release_exclusive(state: _Bulk, *, num_kept: Array, num_entries: int) -> _Bulk:
+  pool, table, states = state
   table, block_ids, ranks = _take(table, num_kept, num_entries)
-  return blocks.release_exclusive(pool, block_ids, ranks), table
+  if states is not None:
+    states = state_rows.drop(states, block_ids, block_ids != NULL_BLOCK)
+  return blocks.release_exclusive(pool, block_ids, ranks), table, states
 
 
 def _release_frozen(
   pool: BlockPool,
   table: SequenceTable,
   index: PrefixIndex,
+  states: StateRows | None,
   num_kept: Array,
   *,
   num_entries: int,
@@ -138,7 +141,9 @@ def _release_frozen(
     index = prefix.remove(index, block_ids, goes)
     pool = blocks.push(pool, block_ids, goes)
     stays &= ~goes
-  return pool, table, prefix.enqueue(index, block_ids, stays)
+  if states is not None:
+    states = state_rows.drop(states, block_ids, is_last & ~stays)
+  return pool, table, prefix.enqueue(index, block_ids, stays), states
 
 
 def _is_removable(

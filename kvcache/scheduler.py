@@ -13,7 +13,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, lifecycle, ragged
+from kvcache import context, lifecycle, ragged, state_rows
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import (
@@ -100,8 +100,8 @@ def schedule(
 ) -> tuple[Context, Requests, Plan]:
   """Releases finished rows, admits, preempts and shares out the token budget.
 
-  Blocks for the plan's `query_lens` are free afterwards; `extend` with the plan's order
-  takes them.
+  Blocks for the plan's `query_lens`, and states for its snapshots, are free afterwards
+  if any can be; `extend` with the plan's order takes the blocks.
 
   Args:
     ctx: The context.
@@ -145,6 +145,24 @@ def needs_block(ctx: Context, mask: Array) -> Array:
   """`[S]` bool: rows in `mask` that cannot store one more token in their blocks."""
   table = ctx.sequences
   return mask & (table.seq_lens == table.num_blocks * ctx.config.block_size)
+
+
+def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
+  """`[]` int32: free states that a step lacks to take the snapshots it comes to."""
+  rows = ctx.state_rows
+  if rows is None:
+    return jnp.int32(0)
+  wants = (query_lens > 0) & (query_lens == _tokens_to_snapshot(ctx))
+  return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
+
+
+def _tokens_to_snapshot(ctx: Context) -> Array:
+  """`[S]` int32: tokens from each row's length to where its state is wanted next."""
+  seq_lens = ctx.sequences.seq_lens
+  if ctx.state_rows is None:
+    return jnp.full_like(seq_lens, _LAST)
+  interval = ctx.config.snapshot_tokens
+  return state_rows.next_wanted(ctx.state_rows, seq_lens, interval=interval) - seq_lens
 
 
 def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Requests]:
@@ -346,7 +364,8 @@ def _share_budget(
   )
   rows = jnp.zeros_like(by_order).at[place].set(by_order)
 
-  wanted = left[rows]
+  # A chunk ends where a snapshot is wanted: states are kept between steps only.
+  wanted = jnp.minimum(left, _tokens_to_snapshot(ctx))[rows]
   before = jnp.cumsum(wanted) - wanted
   query_lens = jnp.clip(scheduler.token_budget - before, 0, wanted)
   size = config.block_size
@@ -361,8 +380,11 @@ def _share_budget(
   free_here = jnp.maximum(ctx.pool.num_free - (jnp.cumsum(need) - need), 0)
   room = (num_blocks + free_here) * size - seq_lens
   query_lens = jnp.clip(query_lens, 0, room)
+  query_lens = jnp.zeros_like(query_lens).at[rows].set(query_lens)
+  if ctx.state_rows is not None:
+    ctx, _ = context.evict_snapshots(ctx, num_snapshots_lacking(ctx, query_lens))
   plan = Plan(
-    query_lens=jnp.zeros_like(query_lens).at[rows].set(query_lens),
+    query_lens=query_lens,
     order=rows,
     has_prefill=jnp.any(left > 1),
     is_stalled=jnp.zeros((), bool),

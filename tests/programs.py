@@ -33,6 +33,10 @@ def layered_model(
 
     def layer(carry, index):
       x, ctx = carry
+      if config.num_recurrent_layers:
+        state = kvcache.read_state(ctx, index, metadata)
+        state = jax.tree.map(lambda x: 0.5 * x + 1.0, state)
+        ctx = kvcache.write_state(ctx, index, state, metadata)
       ctx = kvcache.write_kv(ctx, index, x, 0.5 * x, metadata)
       return (x + kvcache.attend(ctx, index, x, metadata), ctx), None
 
@@ -57,7 +61,8 @@ def mixed_step(
   size = tokens.shape[0]
   ctx, _ = kvcache.extend(ctx, query_lens, num_tokens=size, order=order)
   metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=size)
-  ctx = kvcache.commit(ctx, tokens, metadata, accepted=query_lens)
+  accepted = None if ctx.config.num_recurrent_layers else query_lens
+  ctx = kvcache.commit(ctx, tokens, metadata, accepted=accepted)
   return ctx, metadata.positions
 
 
@@ -104,6 +109,8 @@ def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
     "mixed_step": (mixed_step, ints(S), ints(S), ints(num_tokens)),
     "write_all": (write_all, ints(S), k),
   }
+  if config.num_recurrent_layers:
+    shapes["evict_snapshots"] = (kvcache.evict_snapshots, ints())
   return {
     name: Program(run=run, arguments=arguments)
     for name, (run, *arguments) in shapes.items()

@@ -18,12 +18,18 @@ Prefix = tuple[int, tuple[int, ...]]
 
 
 @dataclasses.dataclass(eq=False)
+class Snapshot:
+  """A recurrent state that is kept at the end of a block."""
+
+
+@dataclasses.dataclass(eq=False)
 class Block:
   """One block that is not free."""
 
   serial: int
   refs: int = 1
   prefix: Prefix | None = None  # its key in the index, None if it is not cached
+  snapshot: Snapshot | None = None  # of the recurrent state at its end
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,6 +43,8 @@ class Row:
   num_published: int = 0
   num_frozen: int = 0  # leading blocks that are published, or shared with a fork
   is_sealed: bool = False  # publishes no more, because the index had no place
+  wanted_len: int = 0  # where a snapshot is wanted besides the regular ones
+  reads: Snapshot | None = None  # the snapshot that the next step starts from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,19 @@ class Query:
 class ReferenceCache:
   """All verbs over dicts and lists; each returns what the real verb reports."""
 
-  def __init__(self, *, num_blocks, block_size, max_seqs, max_blocks_per_seq):
+  def __init__(
+    self,
+    *,
+    num_blocks,
+    block_size,
+    max_seqs,
+    max_blocks_per_seq,
+    num_snapshots=None,
+    snapshot_tokens=None,
+  ):
+    self.num_snapshots = num_snapshots  # None: no layer is recurrent
+    self.snapshot_tokens = snapshot_tokens
+    self.snapshots: list[Snapshot] = []  # least recently used first
     self.num_usable = num_blocks - 1
     self.block_size = block_size
     self.max_blocks_per_seq = max_blocks_per_seq
@@ -65,6 +85,7 @@ class ReferenceCache:
 
   def _zeros(self):
     names = "num_admitted prompt_tokens hit_tokens num_complete num_cut num_evicted"
+    names += " lost_tokens"
     return dict.fromkeys(names.split(), 0)
 
   # Views.
@@ -125,6 +146,7 @@ class ReferenceCache:
       return
     if block.prefix is None:
       self.num_free += 1
+      self._drop_snapshot(block)
     elif not keep_prefix and not self._has_child(block):
       self._forget(block)
     else:
@@ -136,6 +158,16 @@ class ReferenceCache:
     del self.index[block.prefix]
     block.prefix = None
     self.num_free += 1
+    self._drop_snapshot(block)
+
+  def _drop_snapshot(self, block):
+    if block.snapshot is not None:
+      self.snapshots.remove(block.snapshot)
+      block.snapshot = None
+
+  def _use_snapshot(self, snapshot):
+    self.snapshots.remove(snapshot)
+    self.snapshots.append(snapshot)
 
   def _has_child(self, block):
     namespace, tokens = block.prefix
@@ -170,8 +202,26 @@ class ReferenceCache:
       assert known is not mine
       self._adopt(known)
       row.blocks[column] = known
+      self._merge_snapshots(mine, known)
       self._release(mine)
       self.seen["swap"] += 1
+
+  def _merge_snapshots(self, mine, known):
+    """One of two equal states stays; it counts as used when either was."""
+    if mine.snapshot is None:
+      return
+    both = [block.snapshot for block in (mine, known) if block.snapshot is not None]
+    self.seen[f"{len(both)} snapshots merged"] += 1
+    gone, kept = (
+      min(both, key=self.snapshots.index),
+      max(both, key=self.snapshots.index),
+    )
+    if gone is not kept:
+      self.snapshots.remove(gone)
+      for row in self.rows:
+        if row.reads is gone:
+          row.reads = kept
+    mine.snapshot, known.snapshot = None, kept
 
   def admit(self, prompts, *, lengths, width, namespaces, block_budget=None):
     """Takes a row for each prompt; returns `(seq_id, num_cached, status)` of each.
@@ -192,12 +242,13 @@ class ReferenceCache:
       if status == Status.OK:
         # The blocks to be adopted are as they were before the call: prompts of one
         # call that share an evictable block count it twice.
-        hits = self._longest_prefix(prompt, namespace)
+        hits, num_lost = self._longest_prefix(prompt, namespace)
         num_needed += self._blocks_for(length) - sum(hit.refs > 0 for hit in hits)
         if block_budget is not None and num_needed > block_budget:
           status = Status.NO_BLOCKS
         else:
           plans.append((inactive[len(plans)], prompt, namespace, hits))
+          self.counters["lost_tokens"] += num_lost
       statuses.append(status)
     for s, prompt, namespace, hits in plans:
       self._start_row(s, prompt, namespace, hits)
@@ -221,7 +272,12 @@ class ReferenceCache:
       if block is None:
         break
       hits.append(block)
-    return hits
+    if self.num_snapshots is None:
+      return hits, 0
+    usable = [i + 1 for i, hit in enumerate(hits) if hit.snapshot is not None]
+    kept = max(usable, default=0)
+    self.seen["cut for want of a state"] += kept < len(hits)
+    return hits[:kept], (len(hits) - kept) * self.block_size
 
   def _start_row(self, s, prompt, namespace, hits):
     for block in hits:
@@ -234,7 +290,12 @@ class ReferenceCache:
       blocks=list(hits),
       num_published=len(hits),
       num_frozen=len(hits),
+      wanted_len=(len(prompt) - 1) // self.block_size * self.block_size,
     )
+    if hits and self.num_snapshots is not None:
+      self.rows[s].reads = hits[-1].snapshot
+      self._use_snapshot(hits[-1].snapshot)
+      self.seen["started from a snapshot"] += 1
     self._count_admission(len(prompt), num_cached)
 
   def _count_admission(self, length, num_cached):
@@ -300,9 +361,39 @@ class ReferenceCache:
       accepted = effective
     limits = [min(max(a, 0), q) for a, q in zip(accepted, effective, strict=True)]
     ends = [len(row.tokens) + n for row, n in zip(self.rows, limits, strict=True)]
+    before = [len(row.tokens) for row in self.rows]
     for query in queries:
       if query.position < ends[query.row]:
         self.rows[query.row].tokens.append(tokens[query.index])
+    if self.num_snapshots is not None:
+      for row, old_len in zip(self.rows, before, strict=True):
+        if len(row.tokens) > old_len:
+          self._advance_state(row, old_len)
+
+  def _advance_state(self, row, old_len):
+    """After a step a row reads its own state, or leaves it behind as a snapshot."""
+    row.reads = None
+    wanted = self._next_wanted(row, old_len)
+    if len(row.tokens) != wanted:
+      return
+    if len(self.snapshots) == self.num_snapshots:
+      self.seen["no state for a snapshot"] += 1
+      return
+    block = row.blocks[wanted // self.block_size - 1]
+    assert block.refs == 1 and block.prefix is None and block.snapshot is None
+    row.reads = block.snapshot = Snapshot()
+    self.snapshots.append(row.reads)
+    self.seen["snapshot"] += 1
+
+  def _next_wanted(self, row, length):
+    regular = (length // self.snapshot_tokens + 1) * self.snapshot_tokens
+    return min(regular, row.wanted_len) if row.wanted_len > length else regular
+
+  def tokens_to_snapshot(self):
+    """Tokens that each row may compute before its state is wanted."""
+    lens = [len(row.tokens) for row in self.rows]
+    rows = zip(self.rows, lens, strict=True)
+    return [self._next_wanted(row, length) - length for row, length in rows]
 
   def fork(self, sources):
     """Copies rows; returns `(seq_id, status)` of each."""
@@ -345,6 +436,7 @@ class ReferenceCache:
       num_published=row.num_published,
       num_frozen=row.num_frozen,
       is_sealed=row.is_sealed,
+      wanted_len=row.wanted_len,
     )
 
   def rewind(self, num_tokens):
@@ -363,6 +455,9 @@ class ReferenceCache:
         statuses[s] = Status.INVALID
       else:
         new_len = len(row.tokens) - count
+        if not self._has_state_at(row, new_len):
+          statuses[s] = Status.NO_STATE
+          continue
         copies = self._must_copy(row, new_len)
         num_copies += copies
         if copies and num_copies > self.num_free:
@@ -374,6 +469,13 @@ class ReferenceCache:
       self._shorten(row, new_len, copy=copy)
       assert copies == (copy is not None)
     return statuses
+
+  def _has_state_at(self, row, new_len):
+    """Whether a row can go on from there: it needs the recurrent state, if any."""
+    if self.num_snapshots is None or new_len == 0:
+      return True
+    last = row.blocks[new_len // self.block_size - 1]
+    return new_len % self.block_size == 0 and last.snapshot is not None
 
   def _must_copy(self, row, new_len):
     """Whether the block that the row would write next is not its own."""
@@ -392,6 +494,8 @@ class ReferenceCache:
       row.blocks[-1] = copy
       self.seen["copy on rewind"] += 1
     del row.tokens[new_len:]
+    if self.num_snapshots is not None:
+      row.reads = row.blocks[-1].snapshot if new_len else None
     row.num_published = min(row.num_published, self._num_full(row))
     row.num_frozen = min(row.num_frozen, self._num_full(row))
     row.is_sealed &= row.num_published < row.num_frozen
@@ -414,6 +518,18 @@ class ReferenceCache:
     self.counters["num_evicted"] += count
     return count
 
+  def evict_snapshots(self, count):
+    """Frees the least recently used snapshots that no row reads; returns how many."""
+    read = [row.reads for row in self.rows]
+    victims = [snapshot for snapshot in self.snapshots if snapshot not in read]
+    victims = victims[: max(count, 0)]
+    rows = [block for row in self.rows for block in row.blocks]
+    for block in {*rows, *self.index.values()}:
+      if block.snapshot in victims:
+        self._drop_snapshot(block)
+    self.seen["snapshot evicted alone"] += len(victims)
+    return len(victims)
+
   def reset(self, *, keep_prefix=False):
     """Empties all rows, and the index unless it is kept."""
     if keep_prefix:
@@ -422,5 +538,6 @@ class ReferenceCache:
     self.rows = [Row() for _ in self.rows]
     self.index.clear()
     self.lru.clear()
+    self.snapshots.clear()
     self.num_free = self.num_usable
     self.counters = self._zeros()

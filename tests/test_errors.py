@@ -14,6 +14,7 @@ EXCEPTIONS = {
   Status.EMPTY: errors.EmptySequenceError,
   Status.INACTIVE: errors.InactiveSequenceError,
   Status.INVALID: errors.InvalidRequestError,
+  Status.NO_STATE: errors.StateError,
 }
 
 

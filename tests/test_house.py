@@ -23,7 +23,8 @@ PARTS = {"blocks", "sequences", "prefix", "kv", "states"}
 FLOORS = (
   {"config", "errors", "ragged", "hashing", "arguments"},
   PARTS,
-  {"metadata", "publishing", "releasing"},
+  {"metadata", "state_rows"},
+  {"publishing", "releasing"},
   {"context"},
   {"lifecycle"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},

@@ -185,6 +185,7 @@ def test_counters_tell_why_hits_ended():
     "num_complete": 2,  # all of the second prompt, and the one without a full block
     "num_cut": 2,
     "num_evicted": 0,
+    "lost_tokens": 0,  # there is no recurrent layer
   }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import kvcache
-from kvcache import AttentionLayer, CacheConfig, SchedulerConfig
+from kvcache import AttentionLayer, CacheConfig, RecurrentLayer, SchedulerConfig
 from tests import hlo, programs
 
 CONFIG = CacheConfig(
@@ -76,9 +76,10 @@ def compile_program(run, *arguments, donate=0):
 
 
 @functools.cache
-def compiled(name):
-  if name in VERBS:
-    run, arguments = VERBS[name].run, VERBS[name].arguments
+def compiled(name, config=CONFIG):
+  if name in VERBS or name == "evict_snapshots":
+    program = programs.verbs(config, num_tokens=SCHEDULER.token_budget)[name]
+    run, arguments = program.run, program.arguments
   else:
     loop = {"step": programs.step, "serve": programs.serve}[name]
     run = functools.partial(loop, scheduler=SCHEDULER)
@@ -86,7 +87,7 @@ def compiled(name):
       lambda: kvcache.make_requests([[1, 2, 3, 4, 5]] * 12, max_new_tokens=20)
     )
     arguments = (requests,)
-  return compile_program(run, abstract_context(CONFIG), *arguments)
+  return compile_program(run, abstract_context(config), *arguments)
 
 
 def is_compaction(module, loop):
@@ -235,6 +236,36 @@ def test_decode_step_is_the_same_work_for_any_size(num_blocks, max_seq_len):
   assert opcodes(large) == opcodes(small)
   assert opcodes(small)["fusion"] and opcodes(small)["scatter"]
   assert large.temp_bytes <= small.temp_bytes
+
+
+# --- Recurrent states -----------------------------------------------------------------
+
+HYBRID = dataclasses.replace(
+  CONFIG,
+  layers=(*CONFIG.layers, *(RecurrentLayer(state={"ssm": (8, 512, 256)}),) * 3),
+  num_snapshots=64,
+)
+
+
+@pytest.mark.parametrize(
+  "name", ["admit", "fork", "finish", "publish", "evict", "decode_step", "serve"]
+)
+def test_no_instruction_writes_all_states(name):
+  """States are as large as the K/V pools here; one layer's are neither copied."""
+  ctx, program = abstract_context(HYBRID), compiled(name, HYBRID)
+  leaves = range(len(jax.tree.leaves(ctx)))
+  assert [program.module.aliases.get(leaf) for leaf in leaves] == list(leaves)
+  elements = HYBRID.num_states * HYBRID.bytes_per_state // 4 // 3
+  assert not [str(i) for i in program.module.rewrites(elements)]
+  assert not table_rewrites(program.module)
+  # The copies of forks pass through a buffer of few states; a step reads one layer's.
+  most = 5 if name == "fork" else 3 * HYBRID.max_seqs / 3
+  assert program.temp_bytes < most * HYBRID.bytes_per_state + 4 * NUM_BLOCKS
+
+
+def test_evicting_snapshots_costs_the_states_and_not_the_blocks():
+  module = compiled("evict_snapshots", HYBRID).module
+  assert not module.scans(NUM_BLOCKS) and not table_rewrites(module)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])

@@ -52,6 +52,8 @@ def test_every_number_counts_what_it_says():
     "num_references": 10,
     "num_cached": 3,
     "num_reserved": 2 + 9 + 2 + 2,
+    "num_snapshots": 0,
+    "num_free_states": 0,
     "hit_rate": np.float32(4 / 22),
   }
   jax.tree.map(np.testing.assert_array_equal, stats(ctx).counters, ctx.counters)

@@ -25,6 +25,7 @@ SEEDS = {
   "cramped": 4,
   "int8": 1,
   "fp8": 1,
+  "hybrid": 3,
 }
 MUST_HAPPEN = {
   "admit": "OK NO_ROW TOO_LONG EMPTY INVALID",
@@ -32,7 +33,7 @@ MUST_HAPPEN = {
   "extend": "OK NO_BLOCKS OVER_BUDGET TOO_LONG INACTIVE INVALID",
   "extend_decode": "OK NO_BLOCKS OVER_BUDGET TOO_LONG INACTIVE INVALID",
   "fork": "OK NO_ROW NO_BLOCKS INACTIVE",
-  "rewind": "OK NO_BLOCKS INACTIVE INVALID",
+  "rewind": "OK NO_BLOCKS INACTIVE INVALID NO_STATE",
 }
 
 
@@ -61,6 +62,9 @@ def test_walks_come_across_everything():
   ]
   wanted += ["hit", "swap", "copy on rewind", "adopted while evictable", "evicted"]
   wanted += ["ring compacted", "sealed", "nothing changed"]
+  wanted += ["started from a snapshot", "cut for want of a state", "snapshot"]
+  wanted += ["no state for a snapshot", "snapshot evicted alone"]
+  wanted += ["1 snapshots merged", "2 snapshots merged"]
   rare = {event: seen[event] for event in wanted if seen[event] < 5}
   assert not rare
 
@@ -104,8 +108,8 @@ def test_short_walks(seed, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_million_transitions(name):
-  steps, seeds = 5000, 1_000_000 // (5000 * len(SEEDS)) + 1
+  steps, seeds = 5000, 1_000_000 // (5000 * len(CONFIGS)) + 1
   for seed in range(1000, 1000 + seeds):
     walks.run(CONFIGS[name], seed=seed, num_steps=steps)

@@ -3,8 +3,10 @@
 Layer 0 keeps each token; layer 1 keeps a fingerprint of all tokens up to it and of the
 namespace it was computed in. Logits hash every fingerprint of the row, read through the
 block table. So a block that is lost, stale, shared with another prefix or namespace, or
-not yet computed changes the tokens that follow. `expected` computes the same in NumPy
-from a request alone: it knows nothing of blocks, rows, steps or neighbours.
+not yet computed changes the tokens that follow. With a recurrent layer the sum that
+fingerprints are made of comes from its state instead of from layer 0. `expected`
+computes the same in NumPy from a request alone: it knows nothing of blocks, rows, steps
+or neighbours.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ import kvcache
 from kvcache import (
   AttentionLayer,
   CacheConfig,
+  RecurrentLayer,
   Requests,
   RequestStatus,
   sampling,
@@ -30,16 +33,21 @@ VOCAB = 32
 NEVER = 2**30  # as `max_new_tokens`: only a stop token or the end of memory ends it
 
 
-def config(**sizes) -> CacheConfig:
+def config(*, is_hybrid: bool = False, **sizes) -> CacheConfig:
   """Makes a configuration for the model."""
   layer = AttentionLayer(num_kv_heads=1, head_dim=1)
-  return CacheConfig(layers=(layer, layer), **sizes)
+  total = RecurrentLayer(state={"sum": jax.ShapeDtypeStruct((), np.uint32)})
+  return CacheConfig(
+    layers=(layer, total, layer) if is_hybrid else (layer,) * 2, **sizes
+  )
 
 
 def fresh(sizes: CacheConfig, **kwargs) -> kvcache.Context:
   """Makes a context where what was never written is NaN."""
   ctx = kvcache.init(sizes, **kwargs)
-  return ctx.replace(kv=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), ctx.kv))
+  junk = jax.tree.map(lambda x: x.at[:, 1:].set(0xDEADBEEF), ctx.states)
+  kv = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), ctx.kv)
+  return ctx.replace(kv=kv, states=junk)
 
 
 def make_requests(
@@ -138,14 +146,29 @@ def model(tokens, metadata, ctx):
     values = jnp.where(is_stored, values.reshape(sizes.max_seqs, length), 0)
     return values.astype(jnp.uint32), ctx.replace(kv=ctx.kv.replace(k=k))
 
-  stored, ctx = read(write(ctx, 0, tokens), 0)
-  words = jnp.where(is_stored, _word(stored, position), np.uint32(0))
-  sums = jnp.cumsum(words, axis=1)[metadata.seq_ids, metadata.positions]
+  if sizes.num_recurrent_layers:
+    sums, ctx = _sums_by_state(tokens, metadata, ctx)
+  else:
+    stored, ctx = read(write(ctx, 0, tokens), 0)
+    words = jnp.where(is_stored, _word(stored, position), np.uint32(0))
+    sums = jnp.cumsum(words, axis=1)[metadata.seq_ids, metadata.positions]
   namespaces = ctx.sequences.namespaces[metadata.seq_ids].astype(jnp.uint32)
   stored, ctx = read(write(ctx, 1, _fingerprint(sums, namespaces)), 1)
   traces = jnp.where(is_stored, _trace(stored, position), np.uint32(0))
   scores = _scores(jnp.sum(traces, axis=1, dtype=jnp.uint32))
   return scores.astype(jnp.float32) / 512.0, ctx
+
+
+def _sums_by_state(tokens, metadata, ctx):
+  """The sum up to each token `[T]`, from the sum up to the step and its tokens."""
+  before = kvcache.read_state(ctx, 0, metadata)["sum"]
+  words = _word(tokens.astype(jnp.uint32), metadata.positions.astype(jnp.uint32))
+  words = jnp.where(metadata.is_padding, np.uint32(0), words)
+  running = jnp.concatenate([jnp.zeros(1, jnp.uint32), jnp.cumsum(words)])
+  starts = running[metadata.cu_seqlens]  # [S + 1]
+  state = {"sum": before + starts[1:] - starts[:-1]}
+  sums = (before - starts[:-1])[metadata.seq_ids] + running[1:]
+  return sums, kvcache.write_state(ctx, 0, state, metadata)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ def evictable_blocks(host: Context) -> list[int]:
 
 def check_invariants(host: Context) -> None:
   """Asserts everything that must hold after any sequence of verbs."""
-  for part in (_check_pool, _check_rows, _check_index, _check_queue):
+  for part in (_check_pool, _check_rows, _check_index, _check_queue, _check_states):
     part(host)
 
 
@@ -133,6 +133,28 @@ def _check_queue(host):
   assert not before.any(), "a parent stands before its child"
 
 
+def _check_states(host):
+  rows = host.state_rows
+  if rows is None:
+    return
+  M, is_active = rows.block_ids.size, host.sequences.is_active
+  free = rows.pool.free_list[: rows.pool.num_free].tolist()
+  live = rows.state_ids[is_active].tolist()
+  snapshots = np.flatnonzero(rows.block_ids).tolist()
+  assert sorted(free + live + snapshots) == list(range(1, M)), "states do not add up"
+  held = np.zeros(M, int)
+  held[live + snapshots] = 1
+  np.testing.assert_array_equal(rows.pool.ref_counts, held, "references of states")
+  assert not rows.state_ids[~is_active].any() and not rows.source_ids[~is_active].any()
+  blocks = np.flatnonzero(rows.snapshot_ids)
+  assert blocks.size == len(snapshots), "snapshots and blocks disagree"
+  assert (rows.block_ids[rows.snapshot_ids[blocks]] == blocks).all()
+  in_use = (host.pool.ref_counts > 0) | (host.prefix.way_of > 0)
+  assert in_use[blocks].all(), "a free block has a snapshot"
+  for pool in host.states.arrays.values():
+    assert not pool[:, 0].any(), "the null state is not zero"
+
+
 # The oracle's view.
 
 
@@ -173,11 +195,35 @@ def check_oracle(host: Context, oracle: ReferenceCache) -> None:
     assert twins.setdefault(block_id, block) is block, f"{block_id} is not its twin"
   assert len(set(map(id, twins.values()))) == len(twins), "two ids, one block"
   refs = host.pool.ref_counts
+  _check_oracle_states(host, oracle, twins)
   for block_id, block in twins.items():
     assert refs[block_id] == block.refs, f"ref_counts of {block_id}, not {block.refs}"
     assert (block_id in prefixes) == (block.prefix is not None), "cached or not"
   queue = [prefixes[block_id] for block_id in evictable_blocks(host)]
   assert queue == oracle.lru_prefixes(), "the order of eviction"
+
+
+def _check_oracle_states(host, oracle, twins):
+  rows = host.state_rows
+  if rows is None:
+    return
+  wanted = [row.wanted_len for row in oracle.rows]
+  assert rows.wanted_lens.tolist() == wanted, "wanted_lens"
+  snapshots = {}  # state id -> the oracle's snapshot
+  for block_id, state_id in enumerate(rows.snapshot_ids.tolist()):
+    block = twins.get(block_id)
+    snapshot = None if block is None else block.snapshot
+    assert (state_id > 0) == (snapshot is not None), f"snapshot of block {block_id}"
+    if state_id:
+      snapshots[state_id] = snapshot
+  order = [snapshots[s] for s in sorted(snapshots, key=rows.last_used.__getitem__)]
+  assert order == oracle.snapshots, "the order of snapshots"
+  for s, row in enumerate(oracle.rows):
+    source = int(rows.source_ids[s])
+    assert snapshots.get(source) is row.reads, f"what row {s} reads"
+    if row.reads is None:
+      own = int(rows.state_ids[s]) if row.tokens else 0
+      assert source == own, f"row {s} reads {source}, not {own}"
 
 
 def follow(oracle: ReferenceCache, host: Context) -> None:
@@ -275,14 +321,43 @@ def fingerprints(namespace: int, tokens: tuple[int, ...]) -> np.ndarray:
 
 def contents(cache: CacheConfig, prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """K and V `[L, *prints.shape, K, D]` of tokens with these fingerprints."""
-  layer = cache.layers[0]
-  places = (2, len(cache.layers), layer.num_kv_heads, layer.head_dim)
+  layer = cache.layer
+  places = (2, cache.num_layers, layer.num_kv_heads, layer.head_dim)
   factors = np.arange(np.prod(places), dtype=np.uint32).reshape(places)
   factors = factors * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B)  # all odd
-  lead = (2, len(cache.layers), *(1,) * prints.ndim, *places[2:])
+  lead = (2, cache.num_layers, *(1,) * prints.ndim, *places[2:])
   mixed = prints[..., None, None] * factors.reshape(lead)
   keys, values = (mixed >> np.uint32(32 - PRINT_BITS)).astype(np.float32)
   return keys, values
+
+
+def states_of(cache: CacheConfig, prints: np.ndarray) -> dict[str, np.ndarray]:
+  """Name -> `[R, *prints.shape, ...]` of states whose last token has these prints."""
+  layer, states = cache.recurrent_layer, {}
+  for i, (name, array) in enumerate(layer.arrays.items() if layer else ()):
+    places = (cache.num_recurrent_layers, *array.shape)
+    factors = np.arange(i, i + np.prod(places), dtype=np.uint32).reshape(places)
+    factors = factors * np.uint32(0x9E3779B2) + np.uint32(0xC2B2AE35)
+    lead = (places[0], *(1,) * prints.ndim, *array.shape)
+    mixed = prints.reshape(*prints.shape, *(1,) * len(array.shape))
+    mixed = mixed * factors.reshape(lead)
+    states[name] = (mixed >> np.uint32(32 - PRINT_BITS)).astype(np.float32)
+  return states
+
+
+def states_read(cache, oracle, effective) -> dict[str, np.ndarray]:
+  """What `read_state` must return for all layers: `[R, S, ...]`, 0 for empty rows."""
+  lens = [
+    len(row.tokens) * (n > 0) for row, n in zip(oracle.rows, effective, strict=True)
+  ]
+  prints = [
+    fingerprints(row.namespace, tuple(row.tokens))[-1] if n else 0
+    for row, n in zip(oracle.rows, lens, strict=True)
+  ]
+  states = states_of(cache, np.array(prints, np.uint32))
+  for array in states.values():
+    array[:, np.array(lens) == 0] = 0
+  return states
 
 
 def rounded(cache: CacheConfig, x: np.ndarray) -> np.ndarray:
@@ -345,6 +420,23 @@ def check_contents(host: Context, oracle: ReferenceCache) -> None:
     values = rounded(host.config, values)
     wrong = (~np.isclose(held, values, rtol=1e-6, atol=0)).any((0, 3, 4)) & expected
     assert not wrong.any(), f"wrong K/V in (block, offset) {np.argwhere(wrong)}"
+
+
+def check_states(host: Context, oracle: ReferenceCache) -> None:
+  """Asserts that rows and snapshots have the states of their tokens."""
+  rows, cache = host.state_rows, host.config
+  if rows is None:
+    return
+  wanted = states_read(cache, oracle, [1] * len(oracle.rows))
+  for name, array in wanted.items():
+    held = host.states.arrays[name][:, rows.source_ids]
+    np.testing.assert_array_equal(held, array, f"state {name} of rows")
+  cached = cached_prefixes(host)
+  blocks = [block for block in np.flatnonzero(rows.snapshot_ids) if block in cached]
+  prints = [fingerprints(*cached[block])[-1] for block in blocks]
+  for name, array in states_of(cache, np.array(prints, np.uint32)).items():
+    held = host.states.arrays[name][:, rows.snapshot_ids[blocks]]
+    np.testing.assert_array_equal(held, array, f"snapshots of {name}")
 
 
 def check_untouched(before: Context, after: Context) -> None:

@@ -5,9 +5,9 @@ import dataclasses
 
 import numpy as np
 
-from kvcache import AttentionLayer, CacheConfig
+from kvcache import AttentionLayer, CacheConfig, RecurrentLayer
 from tests.reference import ReferenceCache
-from tests.walk_checks import contents, fingerprints
+from tests.walk_checks import contents, fingerprints, states_of
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 
@@ -26,10 +26,18 @@ class WalkConfig:
   width: int = 33  # columns of the prompts: more, or fewer, than a row can hold
   is_cramped: bool = False  # the index has no place for every block: rows get sealed
 
+  @property
+  def is_hybrid(self) -> bool:
+    """Whether there are recurrent layers."""
+    return self.cache.num_recurrent_layers > 0
+
+
+ATTENTION = AttentionLayer(num_kv_heads=1, head_dim=2)
+RECURRENT = RecurrentLayer(state={"conv": (2,), "ssm": (1, 3)})
+
 
 def _cache(**kwargs) -> CacheConfig:
-  layers = (AttentionLayer(num_kv_heads=1, head_dim=2),) * 2
-  return CacheConfig(layers=layers, **kwargs)
+  return CacheConfig(**{"layers": (ATTENTION, ATTENTION)} | kwargs)
 
 
 CONFIGS = {
@@ -90,6 +98,23 @@ for name, dtype in (("int8", "int8"), ("fp8", "float8_e4m3fn")):
     CONFIGS["tiny"], cache=dataclasses.replace(CONFIGS["tiny"].cache, dtype=dtype)
   )
 
+for name, like, num_snapshots, interval in (
+  ("hybrid", "small", 8, 2),
+  ("hybrid_tiny", "tiny", 4, 2),
+  ("hybrid_decode", "long_decode", 12, 2),
+  ("hybrid_short", "single_token_blocks", 2, 3),
+):
+  CONFIGS[name] = dataclasses.replace(
+    CONFIGS[like],
+    cache=dataclasses.replace(
+      CONFIGS[like].cache,
+      layers=(ATTENTION, RECURRENT, ATTENTION, RECURRENT, RECURRENT),
+      num_snapshots=num_snapshots,
+      snapshot_interval=interval,
+    ),
+    phases=("fill", "decode", "snapshots", "restart"),
+  )
+
 # What a phase does, and how often. A name with "+" is a sequence of transitions.
 PHASES = {
   "fill": {"admit": 3, "extend+step": 8, "fork": 1, "evict": 1, "finish": 1},
@@ -138,6 +163,19 @@ PHASES = {
     "rewind": 2,
     "finish": 1,
     "evict": 1,
+  },
+  "snapshots": {
+    "admit": 6,
+    "extend+step": 10,
+    "extend_decode+step_decode": 4,
+    "finish": 2,
+    "abandon": 1,
+    "publish": 1,
+    "fork": 2,
+    "rewind": 2,
+    "evict": 1,
+    "evict_snapshots": 2,
+    "reset": 0.1,
   },
   "restart": {"admit": 4, "extend+step": 8, "publish": 1, "reset_keep": 1},
 }
@@ -235,6 +273,8 @@ class Proposer:
     elif kind == 2:  # fill the budget to the last token, in row order
       before = np.cumsum(query_lens) - query_lens
       query_lens = np.clip(self.config.num_tokens - before, 0, query_lens)
+    if self.config.is_hybrid and self._chance(0.8):  # as a scheduler would
+      query_lens = np.minimum(query_lens, self.oracle.tokens_to_snapshot())
     order = self.rng.permutation(query_lens.size).astype(np.int32)
     return {"query_lens": self._spoil(query_lens.astype(np.int32)), "order": order}
 
@@ -286,7 +326,17 @@ class Proposer:
       prints[here] = whole[start:]
     keys, values = contents(self.config.cache, prints)
     q = self.rng.normal(size=(num_tokens, 2, keys.shape[-1])).astype(np.float32)
-    return {"tokens": tokens, "keys": keys, "values": values, "q": q}
+    states = self._states(new, tokens, num_rows=len(self.oracle.rows))
+    return {"tokens": tokens, "keys": keys, "values": values, "q": q, "states": states}
+
+  def _states(self, new, tokens, *, num_rows):
+    """The recurrent states that a model would leave after these tokens; junk else."""
+    prints = self.rng.integers(1 << 20, size=num_rows, dtype=np.uint32)
+    for s, mine in new.items():
+      row = self.oracle.rows[s]
+      text = (*row.tokens, *tokens[[query.index for query in mine]].tolist())
+      prints[s] = fingerprints(row.namespace, text)[-1]
+    return states_of(self.config.cache, prints)
 
   def _propose_fork(self):
     S = len(self.oracle.rows)
@@ -314,6 +364,9 @@ class Proposer:
     return {"mask": np.array(done) | (self.rng.random(len(done)) < odds)}
 
   _propose_abandon = _propose_finish
+
+  def _propose_evict_snapshots(self):
+    return self._propose_evict()
 
   def _propose_evict(self):
     counts = [0, 1, 1, 2, 3, 5, INT_MAX, -1, INT_MIN]

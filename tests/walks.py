@@ -32,13 +32,21 @@ def _write_all(ctx, keys, values, metadata):
   return ctx
 
 
-def _step(ctx, query_lens, tokens, keys, values, q, *, num_tokens, accepted=None):
+def _step(
+  ctx, query_lens, tokens, keys, values, q, *, num_tokens, states, accepted=None
+):
   metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  read = []
+  for layer in range(ctx.config.num_recurrent_layers):
+    read.append(kvcache.read_state(ctx, layer, metadata))
+    state = {name: array[layer] for name, array in states.items()}
+    ctx = kvcache.write_state(ctx, layer, state, metadata)
+    accepted = None  # there is no way back
   ctx = _write_all(ctx, keys, values, metadata)
   layer, sm_scale = keys.shape[0] - 1, walk_checks.SM_SCALE
   out = kvcache.attend(ctx, layer, q, metadata, sm_scale=sm_scale)
   ctx = kvcache.commit(ctx, tokens, metadata, accepted=accepted)
-  return ctx, metadata, out
+  return ctx, metadata, out, read
 
 
 def _admit(ctx, tokens, lengths, namespaces, block_budget):
@@ -67,13 +75,17 @@ def transitions(config: WalkConfig):
     "finish": alone(finish),
     "abandon": alone(finish, keep_prefix=False),
     "evict": kvcache.evict,
+    "evict_snapshots": kvcache.evict_snapshots,
     "reset": alone(reset),
     "reset_keep": alone(reset, keep_prefix=True),
   }
 
 
 def poison(ctx: Context) -> Context:
-  """Fills the K/V of every block that nobody owns, the null block too, with NaN."""
+  """Fills the K/V of every block that nobody owns, the null block too, with NaN.
+
+  And every recurrent state that nobody may read.
+  """
   lost = (ctx.pool.ref_counts == 0) & (ctx.prefix.way_of == 0)
 
   def spoil(pool: jax.Array) -> jax.Array:
@@ -82,7 +94,21 @@ def poison(ctx: Context) -> Context:
     where = lost.reshape(1, -1, *(1,) * (pool.ndim - 2))
     return jnp.where(where, garbage, pool)
 
-  return ctx.replace(kv=jax.tree.map(spoil, ctx.kv))
+  ctx = ctx.replace(kv=jax.tree.map(spoil, ctx.kv))
+  if ctx.state_rows is None:
+    return ctx
+  unread = jnp.ones(ctx.config.num_states, bool)
+  for used in (
+    ctx.state_rows.source_ids,
+    ctx.state_rows.snapshot_ids,
+    jnp.zeros(1, int),
+  ):
+    unread = unread.at[used].set(False)
+
+  def spoil_states(pool: jax.Array) -> jax.Array:
+    return jnp.where(unread.reshape(1, -1, *(1,) * (pool.ndim - 2)), jnp.nan, pool)
+
+  return ctx.replace(states=jax.tree.map(spoil_states, ctx.states))
 
 
 @functools.cache
@@ -124,6 +150,8 @@ class Walk:
       block_size=config.cache.block_size,
       max_seqs=config.cache.max_seqs,
       max_blocks_per_seq=config.cache.max_blocks_per_seq,
+      num_snapshots=config.cache.num_snapshots if config.is_hybrid else None,
+      snapshot_tokens=config.cache.snapshot_tokens,
     )
     self.proposer = Proposer(config, self.oracle, seed=seed)
     self.num_steps = 0
@@ -138,7 +166,8 @@ class Walk:
     """Checks a transition that was taken already, and stands where it leads."""
     try:
       before = self.host
-      self.host, kv, result = walk_checks.to_host((after, poisoned.kv, result))
+      pools = {"kv": poisoned.kv, "states": poisoned.states}
+      self.host, pools, result = walk_checks.to_host((after, pools, result))
       if name == "publish" and self.config.is_cramped:
         walk_checks.follow(self.oracle, self.host)
         prediction = Prediction()
@@ -151,7 +180,7 @@ class Walk:
     except Exception as error:
       error.add_note(f"at step {self.num_steps}, in {name} with {arrays}")
       raise
-    self.ctx, self.host = poisoned, self.host.replace(kv=kv)
+    self.ctx, self.host = poisoned, self.host.replace(**pools)
     self.num_steps += 1
 
   def _note(self, name, before, prediction):
@@ -173,6 +202,7 @@ class Walk:
     walk_checks.check_invariants(host)
     walk_checks.check_oracle(host, self.oracle)
     walk_checks.check_contents(host, self.oracle)
+    walk_checks.check_states(host, self.oracle)
     walk_checks.check_untouched(before, host)
     if prediction.is_idle:
       assert walk_checks.same_bits(before, host), "a refused call changed something"
@@ -224,13 +254,14 @@ class Walk:
 
   _predict_extend_decode = _predict_extend
 
-  def _predict_step(self, query_lens, tokens, keys, values, q, accepted=None):
-    del keys, values  # the contents are checked against the tokens
+  def _predict_step(self, query_lens, tokens, keys, values, q, states, accepted=None):
+    del keys, values, states  # the contents are checked against the tokens
     num_tokens = None if accepted is None else self.config.num_tokens
     queries, effective = self.oracle.plan_step(
       query_lens.tolist(), num_tokens=num_tokens
     )
     out = walk_checks.attend_densely(self.config.cache, self.oracle, queries, tokens, q)
+    read = walk_checks.states_read(self.config.cache, self.oracle, effective)
     before = [len(row.tokens) for row in self.oracle.rows]
     self.oracle.commit(
       queries,
@@ -242,7 +273,7 @@ class Walk:
     after = [len(row.tokens) for row in self.oracle.rows]
     still = tuple(s for s in range(len(before)) if before[s] == after[s])
     return Prediction(
-      result=(queries, effective, num_tokens is None, out), still_rows=still
+      result=(queries, effective, num_tokens is None, out, read), still_rows=still
     )
 
   _predict_step_decode = _predict_speculate = _predict_step
@@ -289,6 +320,10 @@ class Walk:
     num_evicted = self.oracle.evict(int(count))
     return Prediction(result=(num_evicted,), is_idle=num_evicted == 0)
 
+  def _predict_evict_snapshots(self, count):
+    num_evicted = self.oracle.evict_snapshots(int(count))
+    return Prediction(result=(num_evicted,), is_idle=num_evicted == 0)
+
   def _predict_reset(self):
     self.oracle.reset()
     return Prediction()
@@ -301,8 +336,11 @@ class Walk:
 def check_result(result, expected, before: Context) -> None:
   """Asserts that a verb reported what the oracle expects."""
   if result and isinstance(result[0], kvcache.StepMetadata):
-    metadata, out = result
-    *plan, wanted = expected
+    metadata, out, read = result
+    *plan, wanted, states = expected
+    for layer, state in enumerate(read):
+      for name, array in state.items():
+        np.testing.assert_array_equal(array, states[name][layer], "read_state")
     walk_checks.check_metadata(metadata, *plan, before)
     np.testing.assert_allclose(out, wanted, rtol=1e-5, err_msg="attend")
     return
