@@ -15,6 +15,7 @@ from benchmarks import (
   generation,
   lookup,
   quantised,
+  recurrent,
   report,
   verbs,
 )
@@ -30,6 +31,7 @@ SECTIONS = tuple(
     lookup,
     footprint,
     cascade,
+    recurrent,
     generation,
     quantised,
   )

@@ -329,6 +329,10 @@ def commit(
 ) -> Context:
   """Makes a step's tokens part of their sequences.
 
+  A row that comes to a length where a snapshot of its recurrent state is wanted (every
+  `config.snapshot_tokens`, and after the last block of its prompt that an equal prompt
+  could adopt) leaves one behind if a state is spare; `evict_snapshots` makes some so.
+
   Args:
     ctx: The context.
     tokens: `[T]` int32, the tokens the model computed.

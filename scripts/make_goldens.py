@@ -217,7 +217,7 @@ class PlainBPE:
     return symbols
 
 
-def tiny_models(folder: pathlib.Path) -> None:
+def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
   """Small random checkpoints of each family with their logits, to test the loaders."""
   sizes = dict(
     vocab_size=96,
@@ -248,7 +248,31 @@ def tiny_models(folder: pathlib.Path) -> None:
       **sizes, head_dim=16, rope_parameters=plain, tie_word_embeddings=True
     ),
   }
+  configs["tiny_granite_hybrid"] = transformers.GraniteMoeHybridConfig(
+    **sizes | {"num_hidden_layers": 4},
+    num_local_experts=0,
+    shared_intermediate_size=48,
+    layer_types=[
+      "linear_attention",
+      "full_attention",
+      "linear_attention",
+      "linear_attention",
+    ],
+    mamba_n_heads=8,
+    mamba_n_groups=2,
+    mamba_d_state=12,
+    mamba_d_head=8,
+    mamba_expand=2,
+    mamba_chunk_size=16,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.6,
+    attention_multiplier=0.3,
+    logits_scaling=0.5,
+    tie_word_embeddings=True,
+  )
   for name, config in configs.items():
+    if only and name not in only:
+      continue
     generator = torch.Generator().manual_seed(7)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -307,11 +331,14 @@ def write(path: pathlib.Path, content: dict) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--gguf", type=pathlib.Path, required=True)
+  parser.add_argument("--gguf", type=pathlib.Path, help="without it: tiny models only")
+  parser.add_argument("--only", action="append", default=[], help="a tiny model's name")
   default = pathlib.Path(__file__).parent.parent / "tests" / "goldens"
   parser.add_argument("--out", type=pathlib.Path, default=default)
   args = parser.parse_args()
-  tiny_models(args.out)
+  tiny_models(args.out, args.only)
+  if args.gguf is None:
+    return
   model, tokenizer = load_smollm2(args.gguf)
   encode = functools.partial(tokenizer.encode, add_special_tokens=False)
   plain = PlainBPE(args.gguf)

@@ -90,7 +90,7 @@ def test_configs_are_values():
     ({"layers": (LAYER, "mamba")}, "layers holds 'mamba'"),
     (
       {"layers": (LAYER, AttentionLayer(num_kv_heads=1, head_dim=8))},
-      "layers must be alike.*num_kv_heads=1.*num_kv_heads=2",
+      "layers of a kind must be alike.*num_kv_heads=1.*num_kv_heads=2",
     ),
     ({"num_blocks": 1}, "num_blocks must be at least 2.* got 1"),
     ({"num_blocks": 4.0}, "num_blocks .* got 4.0"),

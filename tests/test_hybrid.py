@@ -51,6 +51,11 @@ ROOMY = Case(
   width=65,
 )
 
+admit, evict, finish = map(jax.jit, (kvcache.admit, kvcache.evict, kvcache.finish))
+fork, publish, rewind = map(jax.jit, (kvcache.fork, kvcache.publish, kvcache.rewind))
+evict_snapshots, stats = map(jax.jit, (kvcache.evict_snapshots, kvcache.stats))
+fresh = jax.jit(toy.fresh, static_argnums=0)
+
 
 @functools.cache
 def with_sizes(**sizes):
@@ -86,10 +91,10 @@ def test_a_prompt_asked_again_gets_the_same(length, loss):
   prompt = np.random.default_rng(length).integers(0, toy.VOCAB, length).tolist()
   ctx, first = check(case, [prompt], 9)
   if loss == "blocks":
-    ctx, num = jax.jit(kvcache.evict)(ctx, 1 << 20)
+    ctx, num = evict(ctx, 1 << 20)
     assert int(num) == (length + 8) // SIZE
   elif loss == "snapshots":
-    ctx, num = jax.jit(kvcache.evict_snapshots)(ctx, 1 << 20)
+    ctx, num = evict_snapshots(ctx, 1 << 20)
     assert (int(num) > 0) == (length > SIZE)
   ctx, second = check(case, [prompt], 9, ctx=ctx)
   hit = (length - 1) // SIZE * SIZE if loss == "nothing" else 0
@@ -100,7 +105,7 @@ def test_a_prompt_asked_again_gets_the_same(length, loss):
 def start(ctx, prompt, *, ends):
   """Admits a prompt and computes it in chunks that end at these lengths."""
   tokens = jnp.asarray([prompt], jnp.int32)
-  ctx, admission = kvcache.admit(ctx, tokens, jnp.asarray([len(prompt)]))
+  ctx, admission = admit(ctx, tokens, jnp.asarray([len(prompt)]))
   row = admission.seq_ids[0].item()
   length = admission.num_cached[0].item()
   for end in ends:
@@ -132,16 +137,16 @@ PROMPT = list(range(25))
 
 def test_a_hit_is_cut_back_to_the_last_snapshot():
   """A snapshot stands after one block only, though two are cached."""
-  ctx = toy.fresh(with_sizes(snapshot_interval=1).sizes)
+  ctx = fresh(with_sizes(snapshot_interval=1).sizes)
   ctx, _, _ = start(ctx, PROMPT[:12], ends=[4, 11, 12])
   ctx, _, num_cached = start(ctx, PROMPT[:12], ends=[])
   assert num_cached == 4
   assert ctx.counters.lost_tokens.item() == 4
-  assert kvcache.stats(ctx).num_snapshots.item() == 2  # after 4, and after 12
+  assert stats(ctx).num_snapshots.item() == 2  # after 4, and after 12
 
 
 def test_without_snapshots_a_prompt_starts_from_nothing():
-  ctx = toy.fresh(with_sizes(num_snapshots=0).sizes)
+  ctx = fresh(with_sizes(num_snapshots=0).sizes)
   ctx, _, _ = start(ctx, PROMPT, ends=[24, 25])
   ctx, _, num_cached = start(ctx, PROMPT, ends=[])
   assert num_cached == 0
@@ -149,11 +154,11 @@ def test_without_snapshots_a_prompt_starts_from_nothing():
 
 
 def test_a_snapshot_outlives_the_sequence_that_made_it():
-  ctx = toy.fresh(ROOMY.sizes)
+  ctx = fresh(ROOMY.sizes)
   ctx, row, _ = start(ctx, PROMPT, ends=[24, 25])
-  before = kvcache.stats(ctx)
-  ctx = kvcache.finish(ctx, jnp.arange(3) == row)
-  after = kvcache.stats(ctx)
+  before = stats(ctx)
+  ctx = finish(ctx, jnp.arange(3) == row)
+  after = stats(ctx)
   assert before.num_snapshots.item() == after.num_snapshots.item() == 1
   assert after.num_free_states.item() == before.num_free_states.item() + 1
   ctx, _, num_cached = start(ctx, PROMPT, ends=[25])
@@ -163,37 +168,37 @@ def test_a_snapshot_outlives_the_sequence_that_made_it():
 
 def test_equal_prompts_side_by_side_keep_one_snapshot():
   tokens = jnp.asarray([PROMPT] * 2, jnp.int32)
-  ctx = toy.fresh(ROOMY.sizes)
-  ctx, admission = kvcache.admit(ctx, tokens, jnp.asarray([25, 25]))
+  ctx = fresh(ROOMY.sizes)
+  ctx, admission = admit(ctx, tokens, jnp.asarray([25, 25]))
   assert admission.num_cached.tolist() == [0, 0]
   for row in (0, 1):
     ctx = step(ctx, row, PROMPT[:24])
-  assert kvcache.stats(ctx).num_snapshots.item() == 2
-  ctx = kvcache.publish(ctx)
+  assert stats(ctx).num_snapshots.item() == 2
+  ctx = publish(ctx)
   kvcache.check_invariants(ctx)
-  assert kvcache.stats(ctx).num_snapshots.item() == 1
+  assert stats(ctx).num_snapshots.item() == 1
   sources = ctx.state_rows.source_ids[:2].tolist()
   assert sources[0] == sources[1] > 0
 
 
 def test_a_rewind_needs_a_state():
-  ctx = toy.fresh(with_sizes(snapshot_interval=2).sizes)
+  ctx = fresh(with_sizes(snapshot_interval=2).sizes)
   ctx, row, _ = start(ctx, PROMPT, ends=[8, 15])
   drop = jnp.zeros(3, jnp.int32).at[row]
-  after, status = kvcache.rewind(ctx, drop.set(3))
+  after, status = rewind(ctx, drop.set(3))
   assert Status(status[row].item()) is Status.NO_STATE
   assert jax.tree.all(
     jax.tree.map(lambda a, b: bool((a == b).all()), ctx.tables, after.tables)
   )
   with pytest.raises(kvcache.StateError):
     kvcache.raise_for_status(status)
-  after, status = kvcache.rewind(ctx, drop.set(7))
+  after, status = rewind(ctx, drop.set(7))
   kvcache.raise_for_status(status)
   kvcache.check_invariants(after)
   held = after.states.arrays["sum"][0, after.state_rows.source_ids[row]]
   again = kvcache.read_state(after, 0, metadata_of(after, row))["sum"][row]
   assert held == again != 0
-  empty, status = kvcache.rewind(ctx, drop.set(15))
+  empty, status = rewind(ctx, drop.set(15))
   kvcache.raise_for_status(status)
   assert kvcache.read_state(empty, 0, metadata_of(empty, row))["sum"][row] == 0
 
@@ -205,9 +210,9 @@ def metadata_of(ctx, row):
 
 
 def test_a_fork_has_a_state_of_its_own():
-  ctx = toy.fresh(ROOMY.sizes)
+  ctx = fresh(ROOMY.sizes)
   ctx, row, _ = start(ctx, PROMPT[:10], ends=[8, 10])
-  ctx, seq_ids, _ = kvcache.fork(ctx, jnp.asarray([row]))
+  ctx, seq_ids, _ = fork(ctx, jnp.asarray([row]))
   other = seq_ids[0].item()
   state = ctx.states.arrays["sum"][0]
   one, two = (state[ctx.state_rows.source_ids[s]] for s in (row, other))
@@ -218,7 +223,7 @@ def test_a_fork_has_a_state_of_its_own():
 
 
 def test_misuse_is_refused():
-  ctx = toy.fresh(ROOMY.sizes)
+  ctx = fresh(ROOMY.sizes)
   metadata = kvcache.step_metadata(ctx, jnp.zeros(3, jnp.int32))
   wrong = {"sum": jnp.zeros(2, jnp.uint32)}
   with pytest.raises(ValueError, match=r"state must have shapes \{'sum': \(3,\)\}"):
@@ -228,18 +233,18 @@ def test_misuse_is_refused():
   tokens = jnp.zeros(3, jnp.int32)
   with pytest.raises(ValueError, match="accepted cannot be given"):
     kvcache.commit(ctx, tokens, metadata, accepted=tokens)
-  plain = toy.fresh(CROWDED.sizes)
+  plain = fresh(CROWDED.sizes)
   with pytest.raises(ValueError, match="no recurrent layer"):
     kvcache.read_state(plain, 0, metadata)
   with pytest.raises(ValueError, match="no recurrent layer"):
-    kvcache.evict_snapshots(plain, 1)
+    evict_snapshots(plain, 1)
 
 
 def test_reset_frees_every_state():
-  ctx = toy.fresh(ROOMY.sizes)
+  ctx = fresh(ROOMY.sizes)
   ctx, _, _ = start(ctx, PROMPT, ends=[24, 25])
   for keep_prefix in (True, False):
     ctx = kvcache.reset(ctx, keep_prefix=keep_prefix)
     kvcache.check_invariants(ctx)
-    assert kvcache.stats(ctx).num_snapshots.item() == keep_prefix
+    assert stats(ctx).num_snapshots.item() == keep_prefix
   assert_all_given_back(ctx)

@@ -5,6 +5,7 @@ demo model.
 """
 
 from kvcache.models.errors import LoadError
+from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.models.loaded import Loaded
 from kvcache.models.loading import DEMO_PACKAGE, demo_path, load
@@ -12,6 +13,8 @@ from kvcache.models.tokenizer import TextStream, Tokenizer
 
 __all__ = [
   "DEMO_PACKAGE",
+  "GraniteHybrid",
+  "GraniteHybridConfig",
   "Llama",
   "LlamaConfig",
   "LoadError",

@@ -1,4 +1,7 @@
-"""Models from Hugging Face folders: config.json, safetensors, tokenizer.json."""
+"""Models from Hugging Face folders: config.json, safetensors, tokenizer.json.
+
+The Llama family, and the dense hybrids of Granite 4.
+"""
 
 import contextlib
 import dataclasses
@@ -11,13 +14,15 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from kvcache.models.errors import LoadError, require
+from kvcache.models.granite_hybrid import GraniteHybridConfig
 from kvcache.models.llama import LlamaConfig
 from kvcache.models.loaded import Loaded
 from kvcache.models.tokenizer import Tokenizer
-from kvcache.models.weights import build_model, check_names
+from kvcache.models.weights import build_model, check_names, ModelConfig
 from kvcache.nn.rotary import llama3_factors
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_HYBRID_TYPE = "granitemoehybrid"
 _BLOCK = "model.layers.{layer}."
 _NAMES = {
   "embedding": "model.embed_tokens.weight",
@@ -39,6 +44,28 @@ _NAMES = {
   "up": _BLOCK + "mlp.up_proj.weight",
   "down": _BLOCK + "mlp.down_proj.weight",
 }
+_HYBRID_NAMES = {
+  "embedding": _NAMES["embedding"],
+  "norm": _NAMES["norm"],
+  "head": _NAMES["head"],
+  "mixer_norm": _NAMES["attention_norm"],
+  "q": _NAMES["q"],
+  "k": _NAMES["k"],
+  "v": _NAMES["v"],
+  "out": _NAMES["out"],
+  "in_proj": _BLOCK + "mamba.in_proj.weight",
+  "in_proj_bias": _BLOCK + "mamba.in_proj.bias",
+  "conv": _BLOCK + "mamba.conv1d.weight",
+  "conv_bias": _BLOCK + "mamba.conv1d.bias",
+  "dt_bias": _BLOCK + "mamba.dt_bias",
+  "a_log": _BLOCK + "mamba.A_log",
+  "d": _BLOCK + "mamba.D",
+  "mamba_norm": _BLOCK + "mamba.norm.weight",
+  "out_proj": _BLOCK + "mamba.out_proj.weight",
+  "mlp_norm": _NAMES["mlp_norm"],
+  "gate_up": _BLOCK + "shared_mlp.input_linear.weight",
+  "down": _BLOCK + "shared_mlp.output_linear.weight",
+}
 
 
 def load_huggingface(
@@ -47,13 +74,13 @@ def load_huggingface(
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool = True,
 ) -> Loaded:
-  """Loads a model of the Llama family and its tokenizer from a folder.
+  """Loads a model and its tokenizer from a folder.
 
   Args:
     folder: Holds `config.json`, and `model.safetensors` or shards with their index. A
       folder without `tokenizer.json` gives a model without a tokenizer.
     dtype: Of weights and activations.
-    scan_layers: As in `LlamaConfig`.
+    scan_layers: As in `LlamaConfig`; hybrids are always unrolled.
 
   Raises:
     LoadError: See `kvcache.models.load`.
@@ -62,14 +89,14 @@ def load_huggingface(
   settings = _read_json(folder / "config.json")
   with contextlib.ExitStack() as stack:
     files = _open_tensors(folder, stack)
-    config = dataclasses.replace(
-      config_from_huggingface(settings, set(files), source=str(folder)),
-      dtype=dtype,
-      scan_layers=scan_layers,
-    )
+    config = config_from_huggingface(settings, set(files), source=str(folder))
+    config = dataclasses.replace(config, dtype=dtype)
+    names = _HYBRID_NAMES
+    if isinstance(config, LlamaConfig):
+      names, config = _NAMES, dataclasses.replace(config, scan_layers=scan_layers)
     check_names(
       config,
-      _NAMES,
+      names,
       set(files),
       source=str(folder),
       # Old checkpoints store the frequencies; tied ones may store the embedding twice.
@@ -80,8 +107,9 @@ def load_huggingface(
     )
 
     def read(role: str, layer: int | None) -> np.ndarray:
-      name = _NAMES[role].format(layer=layer)
-      return files[name].get_tensor(name)
+      name = names[role].format(layer=layer)
+      tensor = files[name].get_tensor(name)
+      return tensor[:, 0] if role == "conv" else tensor  # it is depthwise
 
     model = build_model(config, read, source=str(folder))
   has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -96,7 +124,7 @@ def load_huggingface(
 
 def config_from_huggingface(
   settings: dict[str, Any], names: set[str], *, source: str
-) -> LlamaConfig:
+) -> ModelConfig:
   """Returns the shape of the model that a `config.json` describes.
 
   Args:
@@ -108,15 +136,17 @@ def config_from_huggingface(
     LoadError: The architecture, or something it uses, is not supported.
   """
   model_type = settings.get("model_type")
-  if model_type not in _MODEL_TYPES:
+  if model_type not in (*_LLAMA_TYPES, _HYBRID_TYPE):
     raise LoadError(
       f"{source}: model_type {model_type!r} is not supported;"
-      f" supported are {', '.join(_MODEL_TYPES)}"
+      f" supported are {', '.join((*_LLAMA_TYPES, _HYBRID_TYPE))}"
     )
   activation = settings.get("hidden_act", "silu")
   if activation != "silu":
     raise LoadError(f"{source}: activation {activation!r} is not supported")
   try:
+    if model_type == _HYBRID_TYPE:
+      return _hybrid_config(settings, names, source=source)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or hidden // heads
     length = settings.get("max_position_embeddings", 2048)
@@ -146,6 +176,59 @@ def config_from_huggingface(
     )
   except KeyError as error:
     raise LoadError(f"{source}: config.json has no {error}") from error
+
+
+def _hybrid_config(
+  settings: dict[str, Any], names: set[str], *, source: str
+) -> GraniteHybridConfig:
+  if settings.get("num_local_experts"):
+    raise LoadError(f"{source}: mixtures of experts are not supported")
+  if settings.get("attention_bias"):
+    raise LoadError(f"{source}: biases of a hybrid's attention are not supported")
+  hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+  rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+  theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
+  uses_rope = settings.get("position_embedding_type") == "rope"
+  if uses_rope and rope.get("rope_type", "default") != "default":
+    raise LoadError(f"{source}: rope scaling of hybrids is not supported")
+  kinds = settings.get("layer_types") or settings["layers_block_type"]
+  known = {"linear_attention": "mamba", "full_attention": "attention"}
+  num_mamba_heads, head_dim = settings["mamba_n_heads"], settings["mamba_d_head"]
+  if head_dim == "auto":
+    head_dim = settings["mamba_expand"] * hidden // num_mamba_heads
+  return GraniteHybridConfig(
+    vocab_size=settings["vocab_size"],
+    hidden_size=hidden,
+    intermediate_size=settings["shared_intermediate_size"],
+    layer_types=tuple(known.get(str(kind), str(kind)) for kind in kinds),
+    num_heads=heads,
+    num_kv_heads=settings.get("num_key_value_heads") or heads,
+    head_dim=settings.get("head_dim") or hidden // heads,
+    mamba_heads=num_mamba_heads,
+    mamba_head_dim=head_dim,
+    mamba_state_size=settings["mamba_d_state"],
+    mamba_groups=settings["mamba_n_groups"],
+    mamba_conv_width=settings["mamba_d_conv"],
+    mamba_bias=settings.get("mamba_proj_bias", False),
+    mamba_conv_bias=settings.get("mamba_conv_bias", True),
+    dt_limit=_dt_limit(settings),
+    rope_theta=theta if uses_rope else None,
+    attention_multiplier=settings.get("attention_multiplier", 1.0),
+    embedding_multiplier=settings.get("embedding_multiplier", 1.0),
+    residual_multiplier=settings.get("residual_multiplier", 1.0),
+    logits_divisor=settings.get("logits_scaling", 1.0),
+    norm_epsilon=settings["rms_norm_eps"],
+    tie_embeddings=settings.get("tie_word_embeddings", False)
+    or _NAMES["head"] not in names,
+    max_position=settings.get("max_position_embeddings", 2048),
+  )
+
+
+def _dt_limit(settings: dict[str, Any]) -> tuple[float, float]:
+  """Bounds of the step sizes; JSON has no infinity, so it may be spelt or missing."""
+  bounds = settings.get("time_step_limit") or (0.0, "inf")
+  low, high = (x["__float__"] if isinstance(x, dict) else x for x in bounds)
+  return float(low), float(high)
 
 
 def _rope_factors(

@@ -9,7 +9,6 @@ way.
 """
 
 import dataclasses
-import functools
 
 from flax import nnx
 import jax
@@ -21,7 +20,8 @@ from kvcache.config import AttentionLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
 from kvcache.nn.attention import PagedAttention
-from kvcache.nn.linear import Linear, multiply
+from kvcache.nn.feed_forward import FeedForward
+from kvcache.nn.linear import multiply
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
 
@@ -85,23 +85,6 @@ class LlamaConfig:
     )
 
 
-class FeedForward(nnx.Module):
-  """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up in one product.
-
-  Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
-  """
-
-  def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-    linear = functools.partial(Linear, dtype=config.dtype, rngs=rngs)
-    self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
-    self.down = linear(config.intermediate_size, config.hidden_size)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[T, hidden]` to `[T, hidden]`."""
-    gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-    return self.down(jax.nn.silu(gate) * up)
-
-
 class Block(nnx.Module):
   """One layer: attention and feed-forward, each normalised before and added after."""
 
@@ -121,7 +104,9 @@ class Block(nnx.Module):
       rngs=rngs,
     )
     self.mlp_norm = _norm(config)
-    self.mlp = FeedForward(config, rngs=rngs)
+    self.mlp = FeedForward(
+      config.hidden_size, config.intermediate_size, dtype=config.dtype, rngs=rngs
+    )
 
   def __call__(
     self,

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.models.tokenizer import Tokenizer
+from kvcache.models.weights import Model, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Loaded:
     source: The file or folder it came from.
   """
 
-  model: Llama
-  config: LlamaConfig
+  model: Model
+  config: ModelConfig
   tokenizer: Tokenizer | None
   stop_tokens: tuple[int, ...]
   source: str

@@ -22,7 +22,7 @@ def load(
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool | None = None,
 ) -> Loaded:
-  """Loads a model of the Llama family with its tokenizer.
+  """Loads a model with its tokenizer.
 
   Args:
     path: A `.gguf` file, a Hugging Face folder, or None for the demo model (see

@@ -2,10 +2,13 @@
 
 Loaders name tensors their own way; here they have one name each: a role, and for
 tensors of a block its layer. Matrices are `[out, in]` on both sides, so nothing is
-transposed.
+transposed. What a model needs is read off its variables: one that a model does not have
+is not wanted from a checkpoint either.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -13,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcache.models.errors import LoadError
+from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 
+Model = Llama | GraniteHybrid
+ModelConfig = LlamaConfig | GraniteHybridConfig
 ReadTensor = Callable[[str, int | None], np.ndarray]
 """`read(role, layer)` returns one tensor; `layer` is None outside the blocks."""
 
@@ -35,27 +41,69 @@ _BLOCK_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("mlp", "gate_up", "weight"): ("gate", "up"),
   ("mlp", "down", "weight"): ("down",),
 }
+_HYBRID_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
+  ("mixer_norm", "scale"): ("mixer_norm",),
+  ("mixer", "qkv", "weight"): ("q", "k", "v"),
+  ("mixer", "in_proj", "weight"): ("in_proj",),
+  ("mixer", "in_proj", "bias"): ("in_proj_bias",),
+  (
+    "mixer",
+    "conv_weight",
+  ): ("conv",),
+  ("mixer", "conv_bias"): ("conv_bias",),
+  ("mixer", "dt_bias"): ("dt_bias",),
+  ("mixer", "a_log"): ("a_log",),
+  ("mixer", "d"): ("d",),
+  ("mixer", "norm_scale"): ("mamba_norm",),
+  ("mlp_norm", "scale"): ("mlp_norm",),
+  ("mlp", "gate_up", "weight"): ("gate_up",),
+  ("mlp", "down", "weight"): ("down",),
+}
 """Variable of a block -> roles of the tensors that fill it, joined along axis 0."""
 
 
-def required_roles(config: LlamaConfig) -> tuple[list[str], list[str]]:
-  """Returns the roles a checkpoint must have: of the model, and of every block."""
-  absent = set()
-  if config.tie_embeddings:
-    absent |= {"head"}
-  if not config.attention_bias:
-    absent |= {"q_bias", "k_bias", "v_bias"}
-  if not config.attention_out_bias:
-    absent |= {"out_bias"}
-  if not config.qk_norm:
-    absent |= {"q_norm", "k_norm"}
-  model = [role for roles in _MODEL_PARTS.values() for role in roles]
-  block = [role for roles in _BLOCK_PARTS.values() for role in roles]
-  return [r for r in model if r not in absent], [r for r in block if r not in absent]
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+  """One variable of a model, and the tensors that fill it."""
+
+  label: str
+  roles: tuple[str, ...]
+  layers: tuple[int | None, ...]  # more than one: stacked
+
+
+@functools.cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+  def make() -> Model:
+    if isinstance(config, LlamaConfig):
+      return Llama(config, rngs=nnx.Rngs(0))
+    return GraniteHybrid(config, rngs=nnx.Rngs(0))
+
+  return nnx.split(nnx.eval_shape(make))
+
+
+def _slot(config: ModelConfig, path: tuple) -> _Slot:
+  names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
+  names = tuple(name for name in names if name not in (None, "value"))
+  label = ".".join(map(str, names))
+  if names[0] != "layers":
+    return _Slot(label, _MODEL_PARTS[names], (None,))
+  if isinstance(config, LlamaConfig):
+    if config.scan_layers:
+      return _Slot(label, _BLOCK_PARTS[names[1:]], tuple(range(config.num_layers)))
+    return _Slot(label, _BLOCK_PARTS[names[2:]], (names[1],))
+  if names[2:] == ("mixer", "out", "weight"):
+    is_attention = config.layer_types[names[1]] == "attention"
+    return _Slot(label, ("out" if is_attention else "out_proj",), (names[1],))
+  return _Slot(label, _HYBRID_PARTS[names[2:]], (names[1],))
+
+
+def _slots(config: ModelConfig) -> Iterator[_Slot]:
+  for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(config)[1]):
+    yield _slot(config, path)
 
 
 def check_names(
-  config: LlamaConfig,
+  config: ModelConfig,
   names: Mapping[str, str],
   present: set[str],
   *,
@@ -74,10 +122,12 @@ def check_names(
   Raises:
     LoadError: Tensors are missing, or present but without a place in the model.
   """
-  model, block = required_roles(config)
-  wanted = {names[role] for role in model}
-  for layer in range(config.num_layers):
-    wanted |= {names[role].format(layer=layer) for role in block}
+  wanted = {
+    names[role].format(layer=layer)
+    for slot in _slots(config)
+    for role in slot.roles
+    for layer in slot.layers
+  }
   for what, found in (
     ("misses tensors", wanted - present),
     ("holds tensors this model has no place for", present - wanted),
@@ -88,7 +138,7 @@ def check_names(
       raise LoadError(f"{source} {what} ({len(found)}): {shown}")
 
 
-def build_model(config: LlamaConfig, read: ReadTensor, *, source: str) -> Llama:
+def build_model(config: ModelConfig, read: ReadTensor, *, source: str) -> Model:
   """Makes a model and fills it, without ever initialising it at random.
 
   Args:
@@ -99,24 +149,17 @@ def build_model(config: LlamaConfig, read: ReadTensor, *, source: str) -> Llama:
   Raises:
     LoadError: A tensor has another shape than the configuration says.
   """
-  abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-  graph, state = nnx.split(abstract)
+  graph, state = _abstract(config)
 
   def fill(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
-    names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
-    names = tuple(name for name in names if name not in (None, "value"))
-    if names[0] != "layers":
-      array = _join([read(role, None) for role in _MODEL_PARTS[names]])
-    elif config.scan_layers:
-      roles = _BLOCK_PARTS[names[1:]]
-      layers = range(config.num_layers)
-      array = np.stack([_join([read(r, layer) for r in roles]) for layer in layers])
-    else:
-      array = _join([read(role, names[1]) for role in _BLOCK_PARTS[names[2:]]])
+    slot = _slot(config, path)
+    arrays = [_join([read(role, i) for role in slot.roles]) for i in slot.layers]
+    is_stacked = isinstance(config, LlamaConfig) and config.scan_layers
+    is_stacked &= slot.layers != (None,)
+    array = np.stack(arrays) if is_stacked else arrays[0]
     if array.shape != variable.shape:
-      label = ".".join(map(str, names))
       raise LoadError(
-        f"{source}: {label} has shape {array.shape}, not {variable.shape}"
+        f"{source}: {slot.label} has shape {array.shape}, not {variable.shape}"
       )
     return jnp.asarray(array, variable.dtype)
 

@@ -6,13 +6,17 @@ in and comes out. `as_function` turns a finished module into the plain callable 
 """
 
 from kvcache.nn.attention import PagedAttention
+from kvcache.nn.feed_forward import FeedForward
 from kvcache.nn.functional import as_function
 from kvcache.nn.linear import Linear
+from kvcache.nn.mamba2 import Mamba2
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import apply_rotary, llama3_factors, Rotary
 
 __all__ = [
+  "FeedForward",
   "Linear",
+  "Mamba2",
   "PagedAttention",
   "RMSNorm",
   "Rotary",

@@ -42,6 +42,7 @@ class PagedAttention(nnx.Module):
     use_out_bias: bool = False,
     qk_norm: bool = False,
     norm_epsilon: float = 1e-5,
+    sm_scale: float | None = None,
     dtype: DTypeLike = jnp.float32,
   ):
     """Makes the layer with random weights.
@@ -57,6 +58,7 @@ class PagedAttention(nnx.Module):
       use_out_bias: Whether the output projection has one.
       qk_norm: Whether queries and keys are normalised per head (Qwen3).
       norm_epsilon: Epsilon of these norms.
+      sm_scale: Factor of the logits, `head_dim ** -0.5` if omitted.
       dtype: Of the weights.
     """
     if num_heads % num_kv_heads:
@@ -68,6 +70,7 @@ class PagedAttention(nnx.Module):
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
     self.rotary = rotary
+    self.sm_scale = sm_scale
     linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     self.qkv = linear(features, width, use_bias=use_bias)
@@ -110,5 +113,5 @@ class PagedAttention(nnx.Module):
         rotation = self.rotary(metadata.positions)
       q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
     ctx = write_kv(ctx, layer, k, v, metadata)
-    attended = attend(ctx, layer, q, metadata)
+    attended = attend(ctx, layer, q, metadata, sm_scale=self.sm_scale)
     return self.out(attended.astype(x.dtype).reshape(num_tokens, -1)), ctx

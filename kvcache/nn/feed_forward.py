@@ -1,0 +1,38 @@
+"""The gated feed-forward layer."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kvcache.nn.linear import Linear
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up in one product.
+
+  Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
+
+  Attributes:
+    gate_up: Joint projection to gate and up, in this order.
+    down: Projection back to the features.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    hidden_features: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+  ):
+    linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+    self.gate_up = linear(features, 2 * hidden_features)
+    self.down = linear(hidden_features, features)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[T, features]` to `[T, features]`."""
+    gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+    return self.down(jax.nn.silu(gate) * up)
