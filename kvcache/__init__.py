@@ -58,6 +58,12 @@ from kvcache.errors import (
   TokenBudgetError,
 )
 from kvcache.generation import Completion, generate, Slice
+from kvcache.handoff import (
+  export_sequences,
+  import_sequences,
+  offload,
+  SequenceState,
+)
 from kvcache.kv import KVStore
 from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
 from kvcache.metadata import StepMetadata
@@ -100,6 +106,7 @@ __all__ = [
   "SamplingSettings",
   "SchedulerConfig",
   "SequenceOverflowError",
+  "SequenceState",
   "SequenceTable",
   "SequenceTooLongError",
   "Slice",
@@ -119,13 +126,16 @@ __all__ = [
   "events",
   "evict",
   "evict_snapshots",
+  "export_sequences",
   "extend",
   "find",
   "finish",
   "fork",
   "generate",
+  "import_sequences",
   "init",
   "make_requests",
+  "offload",
   "publish",
   "raise_for_status",
   "read_state",

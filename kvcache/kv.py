@@ -146,6 +146,30 @@ def write(
   return KVStore(k=new_k, v=new_v, k_scale=k_scale, v_scale=v_scale)
 
 
+def read_tokens(store: KVStore, slots: Array) -> KVStore:
+  """Copies tokens out of the store, as they are stored.
+
+  Args:
+    store: The store.
+    slots: `[T]` int32 flat addresses, in range.
+
+  Returns:
+    Every array as `[T, L, K, ...]`.
+  """
+  block, offset = slots // store.block_size, slots % store.block_size
+  return jax.tree.map(lambda pool: pool[:, block, :, offset], store)
+
+
+def write_tokens(store: KVStore, tokens: KVStore, slots: Array) -> KVStore:
+  """Writes what `read_tokens` returned; `N * block_size` drops."""
+  block, offset = slots // store.block_size, slots % store.block_size
+
+  def put(pool: Array, values: Array) -> Array:
+    return pool.at[:, block, :, offset].set(values, mode="drop")
+
+  return jax.tree.map(put, store, tokens)
+
+
 def copy_blocks(store: KVStore, source: Array, target: Array) -> KVStore:
   """Copies whole blocks in all layers; see `ragged.copy_rows`.
 

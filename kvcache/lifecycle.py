@@ -184,19 +184,30 @@ def _find(
   ctx: Context, tokens: Array, num_full: Array, namespaces: Array
 ) -> tuple[Array, Array, Array]:
   """Blocks to adopt, how many, and how many more are cached but without a state."""
+  block_ids, num_cached = match(ctx, tokens, num_full, namespaces)
+  if ctx.state_rows is None:
+    return block_ids, num_cached, jnp.zeros_like(num_cached)
+  num_hits = state_rows.cut_hits(ctx.state_rows, block_ids, num_cached)
+  column = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
+  block_ids = jnp.where(column < num_hits[:, None], block_ids, NULL_BLOCK)
+  return block_ids, num_hits, num_cached - num_hits
+
+
+def match(
+  ctx: Context, tokens: Array, num_full: Array, namespaces: Array
+) -> tuple[Array, Array]:
+  """The cached blocks that texts `[A, max_len]` begin with, recurrent state or not.
+
+  Returns:
+    `(block_ids [A, C], num_hits [A])`, at most `num_full` of each.
+  """
   config, (num_prompts, max_len) = ctx.config, tokens.shape
   num_columns = max(1, min(max_len // config.block_size, config.max_blocks_per_seq))
   width = num_columns * config.block_size
   padding = max(0, width - max_len)
   prompts = jnp.pad(tokens, ((0, 0), (0, padding)))[:, :width]
   prompts = prompts.reshape(num_prompts, num_columns, config.block_size)
-  block_ids, num_cached = prefix.match(ctx.prefix, prompts, num_full, namespaces)
-  num_hits = num_cached
-  if ctx.state_rows is not None:
-    num_hits = state_rows.cut_hits(ctx.state_rows, block_ids, num_cached)
-    column = jnp.arange(num_columns, dtype=jnp.int32)[None]
-    block_ids = jnp.where(column < num_hits[:, None], block_ids, NULL_BLOCK)
-  return block_ids, num_hits, num_cached - num_hits
+  return prefix.match(ctx.prefix, prompts, num_full, namespaces)
 
 
 def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:

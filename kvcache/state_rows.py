@@ -141,17 +141,36 @@ def fork(
     `M` where there is nothing to copy.
   """
   from_ids, wanted_lens = rows.source_ids[source], rows.wanted_lens[source]
-  pool, own = blocks.allocate_one_each(rows.pool, mask)
-  has_state = from_ids != NULL_STATE
+  rows, own = adopt(rows, target, mask, from_ids != NULL_STATE)
   to = ragged.masked(target, mask, rows.state_ids.shape[0])
+  wanted_lens = rows.wanted_lens.at[to].set(wanted_lens, mode="drop")
+  return rows.replace(wanted_lens=wanted_lens), (from_ids, own)
+
+
+def adopt(
+  rows: StateRows, seq_ids: Array, mask: Array, has_state: Array
+) -> tuple[StateRows, Array]:
+  """Gives new sequences a state that the caller brings along.
+
+  Args:
+    rows: The bookkeeping.
+    seq_ids: `[F]` int32 inactive rows.
+    mask: `[F]` bool. Entries that count.
+    has_state: `[F]` bool. False for sequences of length 0.
+
+  Returns:
+    The bookkeeping after, and `[F]` int32: where to write the states, `M` to drop.
+  """
+  pool, own = blocks.allocate_one_each(rows.pool, mask)
+  to = ragged.masked(seq_ids, mask, rows.state_ids.shape[0])
   source_ids = jnp.where(has_state, own, NULL_STATE)
   rows = rows.replace(
     pool=pool,
     state_ids=rows.state_ids.at[to].set(own, mode="drop"),
     source_ids=rows.source_ids.at[to].set(source_ids, mode="drop"),
-    wanted_lens=rows.wanted_lens.at[to].set(wanted_lens, mode="drop"),
+    wanted_lens=rows.wanted_lens.at[to].set(0, mode="drop"),
   )
-  return rows, (from_ids, ragged.masked(own, mask & has_state, rows.num_states))
+  return rows, ragged.masked(own, mask & has_state, rows.num_states)
 
 
 def advance(rows: StateRows, moved: Array, wants: Array, block_ids: Array) -> StateRows:

@@ -81,5 +81,14 @@ def copy(store: StateStore, source: Array, target: Array) -> StateStore:
   return ragged.copy_rows(store, source, target, num_rows=store.num_states)
 
 
+def put(store: StateStore, state: Mapping[str, Array], state_ids: Array) -> StateStore:
+  """Writes the states of all layers, name -> `[R, F, ...]`; `M` drops the entry."""
+  arrays = {
+    name: pool.at[:, state_ids].set(state[name], mode="drop")
+    for name, pool in store.arrays.items()
+  }
+  return StateStore(arrays=arrays)
+
+
 def _flat(pool: Array) -> Array:
   return pool.reshape(-1, *pool.shape[2:])

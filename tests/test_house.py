@@ -28,6 +28,7 @@ FLOORS = (
   {"context"},
   {"lifecycle"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
+  {"handoff"},
   {"scheduler"},
   {"serve"},
   {"generation"},
