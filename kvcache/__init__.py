@@ -20,6 +20,11 @@ first; configuration is keyword-only. Users own `jax.jit`:
 
 from kvcache.attention import attend
 from kvcache.blocks import BlockPool
+from kvcache.checkpoint import (
+  has_checkpoint,
+  restore_checkpoint,
+  save_checkpoint,
+)
 from kvcache.checks import check_invariants, checked
 from kvcache.config import (
   AttentionLayer,
@@ -40,12 +45,14 @@ from kvcache.context import (
   publish,
   read_state,
   step_metadata,
+  tokens_to_snapshot,
   write_kv,
   write_state,
 )
 from kvcache.errors import (
   BlockOverflowError,
   CacheError,
+  CheckpointError,
   EmptySequenceError,
   InactiveSequenceError,
   InvalidRequestError,
@@ -72,6 +79,7 @@ from kvcache.prefix import PrefixIndex
 from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
 from kvcache.sampling import SamplingParams, SamplingSettings
 from kvcache.scheduler import SchedulerConfig
+from kvcache.search import beam_search, best_of, SearchResult
 from kvcache.sequences import SequenceTable
 from kvcache.serve import serve, step
 from kvcache.state_rows import StateRows
@@ -88,6 +96,7 @@ __all__ = [
   "BlockPool",
   "CacheConfig",
   "CacheError",
+  "CheckpointError",
   "Completion",
   "Context",
   "Counters",
@@ -105,6 +114,7 @@ __all__ = [
   "SamplingParams",
   "SamplingSettings",
   "SchedulerConfig",
+  "SearchResult",
   "SequenceOverflowError",
   "SequenceState",
   "SequenceTable",
@@ -119,6 +129,8 @@ __all__ = [
   "TokenBudgetError",
   "admit",
   "attend",
+  "beam_search",
+  "best_of",
   "bookkeeping_bytes",
   "check_invariants",
   "checked",
@@ -132,6 +144,7 @@ __all__ = [
   "finish",
   "fork",
   "generate",
+  "has_checkpoint",
   "import_sequences",
   "init",
   "make_requests",
@@ -140,11 +153,14 @@ __all__ = [
   "raise_for_status",
   "read_state",
   "reset",
+  "restore_checkpoint",
   "rewind",
+  "save_checkpoint",
   "serve",
   "stats",
   "step",
   "step_metadata",
+  "tokens_to_snapshot",
   "write_kv",
   "write_state",
 ]

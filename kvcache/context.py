@@ -359,6 +359,19 @@ def commit(
   return ctx.replace(sequences=table, prefix=index, state_rows=rows)
 
 
+def tokens_to_snapshot(ctx: Context) -> Array:
+  """`[S]` int32: tokens from each row's length to where its state is wanted next.
+
+  A loop ends its chunks there, since states are kept between steps only. Without
+  recurrent layers they are many.
+  """
+  seq_lens = ctx.sequences.seq_lens
+  if ctx.state_rows is None:
+    return jnp.full_like(seq_lens, 2**31 - 1)
+  interval = ctx.config.snapshot_tokens
+  return state_rows.next_wanted(ctx.state_rows, seq_lens, interval=interval) - seq_lens
+
+
 def _advance_states(ctx: Context, rows: StateRows, seq_lens: Array) -> StateRows:
   """Lets sequences go on from the states just written; keeps some as snapshots."""
   config, before = ctx.config, ctx.sequences.seq_lens

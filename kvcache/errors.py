@@ -49,6 +49,10 @@ class StateError(CacheError):
   """No recurrent state stands where the sequence was to return to."""
 
 
+class CheckpointError(CacheError):
+  """A checkpoint is missing, damaged, or belongs to something else."""
+
+
 class InvariantError(CacheError):
   """`check_invariants` found a context that no sequence of verbs can make."""
 

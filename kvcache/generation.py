@@ -7,6 +7,7 @@ and a callback can move a progress bar or stream texts.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import pathlib
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import observe, sampling
+from kvcache import checkpoint, observe, sampling
 from kvcache import requests as rq
 from kvcache.context import Context
 from kvcache.errors import Status
@@ -89,6 +90,7 @@ def generate(
   scheduler: SchedulerConfig = SchedulerConfig(),
   slice_steps: int = 16,
   on_slice: Callable[[Slice], None] | None = None,
+  checkpoints: str | pathlib.Path | None = None,
 ) -> tuple[Context, list[Completion]]:
   """Generates from prompts: `serve` in slices, with a look at the progress after each.
 
@@ -106,12 +108,17 @@ def generate(
     scheduler: Static settings of the loop.
     slice_steps: Model steps per slice; nothing reaches the host in between.
     on_slice: Called after each slice; raise in it to stop.
+    checkpoints: Folder to which context and requests are saved after each slice. If it
+      holds a checkpoint of the same prompts, the work goes on from there, with the
+      same bits: a process that dies loses one slice of work at most.
 
   Returns:
     The context after, and one completion per prompt, in order.
 
   Raises:
     ValueError: An argument has the wrong length or range.
+    CheckpointError: `checkpoints` holds what belongs to other prompts, settings or
+      another configuration, or cannot be read.
   """
   if slice_steps < 1:
     raise ValueError(f"slice_steps must be at least 1, got {slice_steps}")
@@ -134,12 +141,16 @@ def generate(
   if not isinstance(model, jax.tree_util.Partial):
     model = jax.tree_util.Partial(model)
   prompts = [list(prompt) for prompt in prompts]
+  if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
+    ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
   reported: dict[int, Completion] = {}
   start = time.perf_counter()
   while len(reported) < len(prompts):
     ctx, requests = _serve_slice(
       model, ctx, requests, jnp.int32(slice_steps), scheduler=scheduler, sampler=sampler
     )
+    if checkpoints is not None:
+      checkpoint.save_checkpoint(checkpoints, ctx, requests)
     host = jax.device_get(requests.replace(settings=None))
     finished = [
       _completion(host, prompts, i)

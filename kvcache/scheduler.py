@@ -13,7 +13,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, lifecycle, ragged, state_rows
+from kvcache import context, lifecycle, ragged
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import (
@@ -152,17 +152,8 @@ def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
   rows = ctx.state_rows
   if rows is None:
     return jnp.int32(0)
-  wants = (query_lens > 0) & (query_lens == _tokens_to_snapshot(ctx))
+  wants = (query_lens > 0) & (query_lens == context.tokens_to_snapshot(ctx))
   return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
-
-
-def _tokens_to_snapshot(ctx: Context) -> Array:
-  """`[S]` int32: tokens from each row's length to where its state is wanted next."""
-  seq_lens = ctx.sequences.seq_lens
-  if ctx.state_rows is None:
-    return jnp.full_like(seq_lens, _LAST)
-  interval = ctx.config.snapshot_tokens
-  return state_rows.next_wanted(ctx.state_rows, seq_lens, interval=interval) - seq_lens
 
 
 def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Requests]:
@@ -365,7 +356,7 @@ def _share_budget(
   rows = jnp.zeros_like(by_order).at[place].set(by_order)
 
   # A chunk ends where a snapshot is wanted: states are kept between steps only.
-  wanted = jnp.minimum(left, _tokens_to_snapshot(ctx))[rows]
+  wanted = jnp.minimum(left, context.tokens_to_snapshot(ctx))[rows]
   before = jnp.cumsum(wanted) - wanted
   query_lens = jnp.clip(scheduler.token_budget - before, 0, wanted)
   size = config.block_size

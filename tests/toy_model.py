@@ -180,6 +180,15 @@ class Expected:
   finish_reason: str
 
 
+def next_logits(text: Sequence[int], *, namespace: int = 0) -> np.ndarray:
+  """Logits `[VOCAB]` after a text, from the text alone."""
+  position = np.arange(len(text), dtype=np.uint32)
+  sums = np.cumsum(_word(np.array(text, np.uint32), position), dtype=np.uint32)
+  traces = _trace(_fingerprint(sums, np.uint32(namespace)), position)
+  total = np.sum(traces, dtype=np.uint32, keepdims=True)
+  return _scores(total)[0].astype(np.float32) / np.float32(512)
+
+
 def expected(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int | Sequence[int],

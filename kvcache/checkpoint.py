@@ -1,0 +1,156 @@
+"""Checkpoints: a context and its requests on disk, in the middle of the work.
+
+Written with Orbax (`pip install orbax-checkpoint`; flax brings it along). A checkpoint
+appears under its name only when it is complete, so a process that dies while it writes
+leaves the one before it in place.
+"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvcache.context import Context
+from kvcache.errors import CheckpointError
+from kvcache.requests import Requests
+
+_KEPT = 2
+
+
+def save_checkpoint(
+  folder: str | pathlib.Path, ctx: Context, requests: Requests
+) -> pathlib.Path:
+  """Writes a context and its requests; the two newest checkpoints are kept.
+
+  Args:
+    folder: Made if need be. A checkpoint is a folder in it, named after
+      `requests.num_steps`; one of the same name is replaced.
+    ctx: The context.
+    requests: The requests it serves.
+
+  Returns:
+    Where it was written.
+  """
+  step = int(requests.num_steps)
+  state = {"context": ctx, "requests": requests}
+  with _manager(folder) as (ocp, manager):
+    if step in manager.all_steps():
+      manager.delete(step)
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        sizes=ocp.args.JsonSave(_sizes(ctx, requests)),
+      ),
+    )
+    manager.wait_until_finished()
+  return pathlib.Path(folder) / str(step)
+
+
+def has_checkpoint(folder: str | pathlib.Path) -> bool:
+  """Whether there is a complete checkpoint in a folder."""
+  if not pathlib.Path(folder).is_dir():
+    return False
+  with _manager(folder) as (_, manager):
+    return manager.latest_step() is not None
+
+
+def restore_checkpoint(
+  folder: str | pathlib.Path, ctx: Context, requests: Requests
+) -> tuple[Context, Requests]:
+  """Reads the newest checkpoint, to the last bit as it was saved.
+
+  Args:
+    folder: As given to `save_checkpoint`.
+    ctx: A context of the same configuration, commonly a fresh one. Only its shapes and
+      its configuration are looked at.
+    requests: Requests made of the same prompts with the same settings.
+
+  Raises:
+    CheckpointError: There is none, it cannot be read, or it belongs to another
+      configuration or to other prompts.
+  """
+  like = {"context": ctx, "requests": requests}
+  with _manager(folder) as (ocp, manager):
+    step = manager.latest_step()
+    if step is None:
+      raise CheckpointError(f"{folder} holds no complete checkpoint")
+    try:
+      saved = manager.restore(
+        step, args=ocp.args.Composite(sizes=ocp.args.JsonRestore())
+      )
+      _compare(saved["sizes"], _sizes(ctx, requests), folder)
+      abstract = jax.tree.map(jax.ShapeDtypeStruct.like, like)
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      state = manager.restore(step, args=args)["state"]
+    except CheckpointError:
+      raise
+    except Exception as error:  # Orbax raises whatever its storage raises.
+      reason = str(error).partition("\n")[0]
+      raise CheckpointError(
+        f"{folder}: checkpoint {step} cannot be read: {reason}"
+      ) from error
+  _compare_prompts(state["requests"], requests, folder)
+  return state["context"], state["requests"]
+
+
+class _manager:  # noqa: N801
+  """Opens Orbax's manager of a folder, quietly, and closes it."""
+
+  def __init__(self, folder: str | pathlib.Path):
+    self.folder = pathlib.Path(folder).absolute()
+
+  def __enter__(self) -> tuple[Any, Any]:
+    try:
+      import orbax.checkpoint as ocp
+    except ImportError as error:
+      raise CheckpointError(
+        "checkpoints need Orbax: pip install orbax-checkpoint"
+      ) from error
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=_KEPT, enable_async_checkpointing=False, create=True
+    )
+    self.manager = ocp.CheckpointManager(self.folder, options=options)
+    return ocp, self.manager
+
+  def __exit__(self, *_: object) -> None:
+    self.manager.close()
+
+
+def _sizes(ctx: Context, requests: Requests) -> dict[str, Any]:
+  """What must be equal for the arrays to mean the same."""
+  leaves = jax.tree_util.tree_leaves_with_path(requests)
+  return json.loads(
+    json.dumps(
+      {
+        "config": repr(ctx.config),
+        "requests": {jax.tree_util.keystr(path): list(x.shape) for path, x in leaves},
+      }
+    )
+  )
+
+
+def _compare(saved: dict[str, Any], wanted: dict[str, Any], folder: object) -> None:
+  for name, what in (("config", "configuration"), ("requests", "sizes of requests")):
+    if saved.get(name) != wanted[name]:
+      raise CheckpointError(
+        f"{folder} was saved with another {what}: {saved.get(name)}, not {wanted[name]}"
+      )
+
+
+def _compare_prompts(saved: Requests, wanted: Requests, folder: object) -> None:
+  lens = np.asarray(wanted.prompt_lens)
+  position = np.arange(wanted.capacity)
+  is_prompt = position < lens[:, None]
+  same = np.asarray(saved.tokens) == np.asarray(wanted.tokens)
+  same_settings = jax.tree.map(
+    lambda a, b: bool(np.array_equal(a, b)),
+    (saved.prompt_lens, saved.max_lens, saved.namespaces, saved.settings),
+    (wanted.prompt_lens, wanted.max_lens, wanted.namespaces, wanted.settings),
+  )
+  if not (same | ~is_prompt).all() or not all(jax.tree.leaves(same_settings)):
+    raise CheckpointError(f"{folder} was saved with other prompts or settings")
