@@ -82,6 +82,7 @@ from kvcache.scheduler import SchedulerConfig
 from kvcache.search import beam_search, best_of, SearchResult
 from kvcache.sequences import SequenceTable
 from kvcache.serve import serve, step
+from kvcache.speculation import Drafter, PromptLookup
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
 
@@ -100,6 +101,7 @@ __all__ = [
   "Completion",
   "Context",
   "Counters",
+  "Drafter",
   "EmptySequenceError",
   "Events",
   "FinishReason",
@@ -108,6 +110,7 @@ __all__ = [
   "InvariantError",
   "KVStore",
   "PrefixIndex",
+  "PromptLookup",
   "RecurrentLayer",
   "RequestStatus",
   "Requests",

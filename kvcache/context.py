@@ -217,7 +217,11 @@ def extend(
 
 
 def step_metadata(
-  ctx: Context, query_lens: ArrayLike, *, num_tokens: int | None = None
+  ctx: Context,
+  query_lens: ArrayLike,
+  *,
+  num_tokens: int | None = None,
+  num_logits: int = 1,
 ) -> StepMetadata:
   """Builds the view of the context that one model step needs.
 
@@ -227,14 +231,24 @@ def step_metadata(
       room for.
     num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode
       step: `T = S` and token `s` belongs to row `s`.
+    num_logits: Static. Logits wanted of each row: of its last token, or of its first
+      `num_logits` tokens, to check drafts. More than 1 needs `num_tokens`.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range.
   """
   config = ctx.config
+  if num_logits < 1 or (num_logits > 1 and num_tokens is None):
+    raise ValueError(
+      f"num_logits must be 1 in a decode step and at least 1 else, got {num_logits}"
+    )
   return metadata.build(
     ctx.sequences,
     arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
     num_tokens=num_tokens,
     num_blocks=config.num_blocks,
     block_size=config.block_size,
+    num_logits=num_logits,
   )
 
 

@@ -24,6 +24,7 @@ from kvcache.requests import FinishReason, Requests, RequestStatus
 from kvcache.sampling import Sampler, SamplingParams
 from kvcache.scheduler import SchedulerConfig
 from kvcache.serve import Model, serve
+from kvcache.speculation import Drafter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Slice:
     num_requests: All requests.
     num_finished: Requests ended so far.
     num_tokens: Output tokens so far, of all requests.
+    num_drafts: Tokens that a drafter has guessed so far.
+    num_accepted: Those of them that were right.
     seconds: Time since the start.
     stats: `observe.Stats` of the context, on the host.
     finished: Requests that ended in this slice.
@@ -70,6 +73,8 @@ class Slice:
   num_requests: int
   num_finished: int
   num_tokens: int
+  num_drafts: int
+  num_accepted: int
   seconds: float
   stats: observe.Stats
   finished: list[Completion]
@@ -90,6 +95,7 @@ def generate(
   scheduler: SchedulerConfig = SchedulerConfig(),
   slice_steps: int = 16,
   on_slice: Callable[[Slice], None] | None = None,
+  drafter: Drafter | None = None,
   checkpoints: str | pathlib.Path | None = None,
 ) -> tuple[Context, list[Completion]]:
   """Generates from prompts: `serve` in slices, with a look at the progress after each.
@@ -108,6 +114,7 @@ def generate(
     scheduler: Static settings of the loop.
     slice_steps: Model steps per slice; nothing reaches the host in between.
     on_slice: Called after each slice; raise in it to stop.
+    drafter: As in `serve`.
     checkpoints: Folder to which context and requests are saved after each slice. If it
       holds a checkpoint of the same prompts, the work goes on from there, with the
       same bits: a process that dies loses one slice of work at most.
@@ -147,7 +154,13 @@ def generate(
   start = time.perf_counter()
   while len(reported) < len(prompts):
     ctx, requests = _serve_slice(
-      model, ctx, requests, jnp.int32(slice_steps), scheduler=scheduler, sampler=sampler
+      model,
+      ctx,
+      requests,
+      jnp.int32(slice_steps),
+      scheduler=scheduler,
+      sampler=sampler,
+      drafter=drafter,
     )
     if checkpoints is not None:
       checkpoint.save_checkpoint(checkpoints, ctx, requests)
@@ -165,6 +178,8 @@ def generate(
           num_requests=len(prompts),
           num_finished=len(reported),
           num_tokens=int(np.sum(host.lengths - host.prompt_lens)),
+          num_drafts=int(host.num_drafts),
+          num_accepted=int(host.num_accepted),
           seconds=time.perf_counter() - start,
           stats=jax.device_get(_stats(ctx)),
           finished=finished,
@@ -181,7 +196,7 @@ _stats = jax.jit(observe.stats)
 
 
 @functools.partial(
-  jax.jit, donate_argnums=(1, 2), static_argnames=("scheduler", "sampler")
+  jax.jit, donate_argnums=(1, 2), static_argnames=("scheduler", "sampler", "drafter")
 )
 def _serve_slice(
   model: Model,
@@ -191,9 +206,16 @@ def _serve_slice(
   *,
   scheduler: SchedulerConfig,
   sampler: Sampler,
+  drafter: Drafter | None,
 ) -> tuple[Context, Requests]:
   return serve(
-    model, ctx, requests, scheduler=scheduler, sampler=sampler, max_steps=max_steps
+    model,
+    ctx,
+    requests,
+    scheduler=scheduler,
+    sampler=sampler,
+    max_steps=max_steps,
+    drafter=drafter,
   )
 
 

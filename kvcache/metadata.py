@@ -29,8 +29,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     seq_lens: `[S]` int32. Tokens of each row after this step; 0 for rows not in it.
     cu_seqlens: `[S + 1]` int32. Row `s` owns tokens `cu_seqlens[s]` up to `cu_seqlens[s
       + 1]` (in the decode layout one each, which is padding where `seq_lens[s] == 0`).
-    logits_indices: `[S]` int32. Each row's last token, anything in range for rows not
-      in it.
+    logits_indices: `[S * num_logits]` int32. Each row's last token, anything in range
+      for rows not in it; with `num_logits` above 1, each row's first so many tokens.
     block_tables: `[S, P]` int32. Of the context.
     is_decode: Whether the layout is the decode layout. Static.
   """
@@ -66,6 +66,7 @@ def build(
   num_tokens: int | None,
   num_blocks: int,
   block_size: int,
+  num_logits: int = 1,
 ) -> StepMetadata:
   """Builds the view; see `kvcache.step_metadata`."""
   room = table.num_blocks * block_size - table.seq_lens
@@ -84,7 +85,10 @@ def build(
     positions = jnp.where(is_valid, table.seq_lens[rows] + entries.offsets, 0)
     ends = starts + query_lens
     cu_seqlens = jnp.pad(jnp.minimum(ends, num_tokens), (1, 0))
-    logits_indices = jnp.clip(ends - 1, 0, num_tokens - 1)
+    at = (ends - 1)[:, None]
+    if num_logits > 1:
+      at = starts[:, None] + jnp.arange(num_logits, dtype=jnp.int32)[None]
+    logits_indices = jnp.clip(at.reshape(-1), 0, num_tokens - 1)
   column = jnp.minimum(positions // block_size, table.max_blocks_per_seq - 1)
   slots = table.block_tables[rows, column] * block_size + positions % block_size
   return StepMetadata(

@@ -67,6 +67,8 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
     logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not
       wanted.
     num_steps: `[]` int32. Model steps run for these requests.
+    num_drafts: `[]` int32. Tokens guessed by a drafter.
+    num_accepted: `[]` int32. Those of them that were right.
   """
 
   tokens: Array
@@ -85,6 +87,8 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
   num_preemptions: Array
   logprobs: Array | None
   num_steps: Array
+  num_drafts: Array
+  num_accepted: Array
 
   @property
   def num_requests(self) -> int:
@@ -206,6 +210,8 @@ def make_requests(
     num_preemptions=full(0),
     logprobs=jnp.zeros((num, width), jnp.float32) if logprobs else None,
     num_steps=jnp.int32(0),
+    num_drafts=jnp.int32(0),
+    num_accepted=jnp.int32(0),
   )
 
 

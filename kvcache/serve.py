@@ -9,6 +9,7 @@ which runs `serve` in slices.
 
 from collections.abc import Callable
 
+import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
@@ -21,6 +22,7 @@ from kvcache.metadata import StepMetadata
 from kvcache.requests import Batch, Requests, RequestStatus
 from kvcache.sampling import Sampler
 from kvcache.scheduler import Plan, SchedulerConfig
+from kvcache.speculation import Drafter
 
 Model = Callable[[Array, StepMetadata, Context], tuple[Array, Context]]
 
@@ -56,6 +58,71 @@ def _run_model(
   ctx = context.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
+
+
+def _run_drafts(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  batch: Batch,
+  sampler: Sampler,
+  drafter: Drafter,
+) -> tuple[Context, Requests, Batch]:
+  """A decode step that also computes guessed tokens, and keeps those that were right.
+
+  Every live row knows one token that is not computed.
+  """
+  S, num_each = ctx.config.max_seqs, 1 + drafter.num_drafts
+  live = _live(ctx, batch)
+  drafts, num_drafts = drafter(requests, batch)
+  # Not beyond what the request may have; none if there are no blocks for all.
+  room = jnp.maximum(batch.limits - 1 - batch.lengths, 0)
+  num_drafts = jnp.where(live, jnp.clip(num_drafts, 0, room), 0)
+  seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
+  need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
+  needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
+  num_drafts = jnp.where(needed <= ctx.pool.num_free, num_drafts, 0)
+
+  query_lens = jnp.where(live, 1 + num_drafts, 0)
+  ctx, status = context.extend(ctx, query_lens, num_tokens=S * num_each)
+  query_lens = jnp.where(status == Status.OK, query_lens, 0)
+  metadata = context.step_metadata(
+    ctx, query_lens, num_tokens=S * num_each, num_logits=num_each
+  )
+  rows = metadata.seq_ids
+  guess = jnp.clip(metadata.positions - batch.lengths[rows], 0, drafter.num_drafts - 1)
+  is_known = metadata.positions < batch.lengths[rows]
+  known = next_tokens(requests, batch, metadata)
+  tokens = jnp.where(is_known, known, drafts[rows, guess])
+  logits, ctx = model(tokens, metadata, ctx)
+
+  settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
+  place = jnp.arange(num_each, dtype=jnp.int32)[None]
+  positions = batch.lengths[:, None] + place
+  flat = sampler(logits, settings, positions.reshape(-1))
+  logprobs = None
+  if requests.logprobs is not None:
+    logprobs = sampling.token_logprobs(logits, flat).reshape(S, num_each)
+  sampled = flat.reshape(S, num_each)
+  is_right = (drafts == sampled[:, :-1]) & (place[:, :-1] < num_drafts[:, None])
+  num_right = jnp.sum(jnp.cumprod(is_right.astype(jnp.int32), axis=1), axis=1)
+  before = batch.lengths
+  for i in range(num_each):
+    mask = (query_lens > 0) & (i <= num_right) & ~batch.is_finished
+    one = None if logprobs is None else logprobs[:, i]
+    requests, batch = rq.append(requests, batch, sampled[:, i], mask, logprobs=one)
+  num_new = batch.lengths - before
+  ctx = context.commit(ctx, tokens, metadata, accepted=num_new)
+  num_accepted = jnp.sum(jnp.maximum(num_new - 1, 0), dtype=jnp.int32)
+  return (
+    ctx,
+    requests.replace(
+      num_steps=requests.num_steps + 1,
+      num_drafts=requests.num_drafts + jnp.sum(num_drafts, dtype=jnp.int32),
+      num_accepted=requests.num_accepted + num_accepted,
+    ),
+    batch,
+  )
 
 
 def take_samples(
@@ -138,6 +205,7 @@ def serve(
   scheduler: SchedulerConfig = SchedulerConfig(),
   sampler: Sampler = sampling.sample,
   max_steps: int | Array | None = None,
+  drafter: Drafter | None = None,
 ) -> tuple[Context, Requests]:
   """Serves requests until all have ended, without leaving the device.
 
@@ -151,11 +219,20 @@ def serve(
     scheduler: Static settings.
     sampler: How tokens are chosen.
     max_steps: `[]` int32. Stop after this many model steps; call again to go on.
+    drafter: Guesses tokens, so that a decode step can yield several. The tokens are
+      those of a loop without it. The model must give logits for all of
+      `metadata.logits_indices`.
 
   Returns:
     The context and the requests after.
+
+  Raises:
+    ValueError: The token budget is less than the rows, or a drafter is given for
+      recurrent layers, whose states have no way back.
   """
   sch.check_budget(ctx, scheduler)
+  if drafter is not None and ctx.state_rows is not None:
+    raise ValueError("drafter cannot be given: a recurrent state has no way back")
   limit = (
     jnp.int32(2**31 - 1) if max_steps is None else jnp.asarray(max_steps, jnp.int32)
   )
@@ -163,6 +240,9 @@ def serve(
 
   def decode(state: tuple[Context, Requests, Batch, Array]):
     ctx, requests, batch, num_run = state
+    if drafter is not None:
+      after = _run_drafts(model, ctx, requests, batch, sampler, drafter)
+      return *after, num_run + 1
     query_lens = _live(ctx, batch).astype(jnp.int32)
     ctx, requests, batch = _run_model(
       model, ctx, requests, batch, query_lens, sampler, num_tokens=None

@@ -66,6 +66,8 @@ class Server:
           num_requests=len(prompts),
           num_finished=len(prompts) if step == 2 else half,
           num_tokens=step * 20,
+          num_drafts=0,
+          num_accepted=0,
           seconds=step * 2.0,
           stats=stats,
           finished=finished,

@@ -29,7 +29,7 @@ FLOORS = (
   {"lifecycle"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
-  {"scheduler"},
+  {"scheduler", "speculation"},
   {"serve", "search"},
   {"checkpoint"},
   {"generation"},

@@ -51,7 +51,7 @@ def make_context(loaded, *, num_blocks: int) -> kvcache.Context:
   return kvcache.init(config)
 
 
-def generate(model, ctx, names: list[str]):
+def generate(model, ctx, names: list[str], **kwargs):
   """Serves the prompts and compares every token."""
   ctx, done = kvcache.generate(
     model,
@@ -59,6 +59,7 @@ def generate(model, ctx, names: list[str]):
     [GOLDEN[name]["prompt"] for name in names],
     max_new_tokens=[len(GOLDEN[name]["tokens"]) for name in names],
     scheduler=SCHEDULER,
+    **kwargs,
   )
   kvcache.check_invariants(ctx)
   for name, completion in zip(names, done, strict=True):
@@ -97,6 +98,16 @@ def test_preemption_changes_no_token(model, loaded):
   ctx = make_context(loaded, num_blocks=31)
   _, done = generate(model, ctx, NAMES)
   assert sum(completion.num_preemptions for completion in done) >= 2
+
+
+def test_speculation_changes_no_token(model, loaded):
+  slices = []
+  names = ["counting", "facts_list", "story_twice", "code"]
+  options = {"drafter": kvcache.PromptLookup(), "on_slice": slices.append}
+  generate(model, make_context(loaded, num_blocks=161), names, **options)
+  last = slices[-1]
+  assert 0 < last.num_accepted < last.num_drafts
+  assert last.num_steps < 40  # instead of 48 and the prompts
 
 
 def test_alone(model, loaded):

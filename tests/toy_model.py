@@ -128,7 +128,7 @@ def _scores(total):
 
 
 def model(tokens, metadata, ctx):
-  """The model: `(tokens [T], metadata, ctx) -> (logits [S, VOCAB], ctx)`."""
+  """The model: `(tokens [T], metadata, ctx) -> (logits, ctx)`, logits where wanted."""
   sizes = ctx.config
   length = sizes.max_blocks_per_seq * sizes.block_size
   position = jnp.arange(length, dtype=jnp.uint32)[None]
@@ -155,7 +155,9 @@ def model(tokens, metadata, ctx):
   namespaces = ctx.sequences.namespaces[metadata.seq_ids].astype(jnp.uint32)
   stored, ctx = read(write(ctx, 1, _fingerprint(sums, namespaces)), 1)
   traces = jnp.where(is_stored, _trace(stored, position), np.uint32(0))
-  scores = _scores(jnp.sum(traces, axis=1, dtype=jnp.uint32))
+  last = metadata.logits_indices
+  totals = jnp.cumsum(traces, axis=1)
+  scores = _scores(totals[metadata.seq_ids[last], metadata.positions[last]])
   return scores.astype(jnp.float32) / 512.0, ctx
 
 

@@ -1,0 +1,72 @@
+"""Speculation: guessing the next tokens of a row, so that one step checks several.
+
+A drafter is `drafter(requests, batch) -> (drafts [S, J], num_drafts [S])`, with the
+static number `J` as its attribute `num_drafts`. What it guesses changes how fast tokens
+come and never which: the loop samples every position as it would without drafts, with
+the noise that belongs to the request and the position, and keeps drafts as far as they
+agree with what was sampled.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from jax import Array
+import jax.numpy as jnp
+
+from kvcache.requests import Batch, Requests
+
+
+class Drafter(Protocol):
+  """What `serve` expects of a drafter; hashable, so that it can be static."""
+
+  @property
+  def num_drafts(self) -> int:
+    """`J`, most drafts per row."""
+    ...
+
+  def __call__(self, requests: Requests, batch: Batch) -> tuple[Array, Array]:
+    """Returns `[S, J]` int32 drafts, and `[S]` int32 how many of each row count."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLookup:
+  """Guesses that the text goes on as it did after the same words before.
+
+  Looks for the last place where the row's newest `ngram` tokens stood already, in
+  prompt or output, and proposes what followed. Costs one pass over the rows' tokens.
+  Reference: Saxena, "Prompt lookup decoding", 2023.
+
+  Attributes:
+    num_drafts: `J`, most drafts per row.
+    ngram: Tokens that must agree.
+  """
+
+  num_drafts: int = 4
+  ngram: int = 2
+
+  def __post_init__(self):
+    for name in ("num_drafts", "ngram"):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+  def __call__(self, requests: Requests, batch: Batch) -> tuple[Array, Array]:
+    """See `Drafter`."""
+    ids = jnp.minimum(batch.request_ids, requests.num_requests - 1)
+    tokens, lengths = requests.tokens[ids], batch.lengths
+    capacity = requests.capacity
+    start = jnp.arange(capacity, dtype=jnp.int32)[None]
+    # A place counts if the n-gram there ends before the newest one does.
+    found = start + self.ngram < lengths[:, None]
+    for i in range(self.ngram):
+      at = jnp.clip(lengths - self.ngram + i, 0, capacity - 1)
+      newest = jnp.take_along_axis(tokens, at[:, None], axis=1)
+      found &= jnp.roll(tokens, -i, axis=1) == newest
+    place = jnp.max(jnp.where(found, start, -1), axis=1)
+    follows = place + self.ngram
+    offset = jnp.arange(self.num_drafts, dtype=jnp.int32)[None]
+    at = jnp.minimum(follows[:, None] + offset, capacity - 1)
+    drafts = jnp.take_along_axis(tokens, at, axis=1)
+    num = jnp.clip(lengths - follows, 0, self.num_drafts)
+    return drafts, jnp.where(place >= 0, num, 0).astype(jnp.int32)
