@@ -270,6 +270,15 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
     logits_scaling=0.5,
     tie_word_embeddings=True,
   )
+  configs["tiny_gemma2"] = transformers.Gemma2Config(
+    **sizes | {"num_hidden_layers": 4},
+    head_dim=8,
+    sliding_window=12,
+    query_pre_attn_scalar=6,
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=4.0,
+    rope_parameters=plain,
+  )
   for name, config in configs.items():
     if only and name not in only:
       continue

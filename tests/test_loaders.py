@@ -18,7 +18,8 @@ from kvcache.nn import as_function
 from tests.model_runs import admit, context_for, feed, greedy
 
 GOLDENS = Path(__file__).parent / "goldens"
-TINY = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
+LLAMAS = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
+TINY = (*LLAMAS, "tiny_gemma2")
 
 
 def golden(name: str) -> dict:
@@ -55,6 +56,8 @@ def test_the_folders_cover_what_loaders_distinguish():
   assert configs["tiny_qwen2"].attention_bias and configs["tiny_qwen2"].tie_embeddings
   assert (GOLDENS / "tiny_qwen2" / "model.safetensors.index.json").is_file()
   assert configs["tiny_qwen3"].qk_norm and not configs["tiny_qwen3"].attention_bias
+  assert configs["tiny_gemma2"].windows == (12, None, 12, None)  # of 60 tokens
+  assert configs["tiny_gemma2"].attention_soft_cap == 3.0
   stored = load_bfloat16(GOLDENS / "tiny_qwen3" / "model.safetensors")
   assert stored["model.norm.weight"].dtype.name == "bfloat16"
 
@@ -237,7 +240,7 @@ def write_gguf(path: Path, name: str, *, encoding=None, drop=(), **metadata) -> 
   return path
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", LLAMAS)
 def test_a_gguf_file_gives_the_same_model_as_the_folder(name, tmp_path):
   folder = load(GOLDENS / name, scan_layers=False)
   file = load(write_gguf(tmp_path / "model.gguf", name), scan_layers=False)

@@ -5,6 +5,7 @@ demo model.
 """
 
 from kvcache.models.errors import LoadError
+from kvcache.models.gemma2 import Gemma2, Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.models.loaded import Loaded
@@ -13,6 +14,8 @@ from kvcache.models.tokenizer import TextStream, Tokenizer
 
 __all__ = [
   "DEMO_PACKAGE",
+  "Gemma2",
+  "Gemma2Config",
   "GraniteHybrid",
   "GraniteHybridConfig",
   "Llama",

@@ -1,6 +1,6 @@
 """Models from Hugging Face folders: config.json, safetensors, tokenizer.json.
 
-The Llama family, and the dense hybrids of Granite 4.
+The Llama family, Gemma 2, and the dense hybrids of Granite 4.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from kvcache.models.errors import LoadError, require
+from kvcache.models.gemma2 import Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybridConfig
 from kvcache.models.llama import LlamaConfig
 from kvcache.models.loaded import Loaded
@@ -22,7 +23,9 @@ from kvcache.models.weights import build_model, check_names, ModelConfig
 from kvcache.nn.rotary import llama3_factors
 
 _LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_GEMMA_TYPE = "gemma2"
 _HYBRID_TYPE = "granitemoehybrid"
+_MODEL_TYPES = (*_LLAMA_TYPES, _GEMMA_TYPE, _HYBRID_TYPE)
 _BLOCK = "model.layers.{layer}."
 _NAMES = {
   "embedding": "model.embed_tokens.weight",
@@ -43,6 +46,11 @@ _NAMES = {
   "gate": _BLOCK + "mlp.gate_proj.weight",
   "up": _BLOCK + "mlp.up_proj.weight",
   "down": _BLOCK + "mlp.down_proj.weight",
+}
+_GEMMA_NAMES = _NAMES | {
+  "attention_out_norm": _BLOCK + "post_attention_layernorm.weight",
+  "mlp_norm": _BLOCK + "pre_feedforward_layernorm.weight",
+  "mlp_out_norm": _BLOCK + "post_feedforward_layernorm.weight",
 }
 _HYBRID_NAMES = {
   "embedding": _NAMES["embedding"],
@@ -92,6 +100,8 @@ def load_huggingface(
     config = config_from_huggingface(settings, set(files), source=str(folder))
     config = dataclasses.replace(config, dtype=dtype)
     names = _HYBRID_NAMES
+    if isinstance(config, Gemma2Config):
+      names = _GEMMA_NAMES
     if isinstance(config, LlamaConfig):
       names, config = _NAMES, dataclasses.replace(config, scan_layers=scan_layers)
     check_names(
@@ -102,7 +112,7 @@ def load_huggingface(
       # Old checkpoints store the frequencies; tied ones may store the embedding twice.
       ignored=lambda name: (
         name.endswith("rotary_emb.inv_freq")
-        or (name == _NAMES["head"] and config.tie_embeddings)
+        or (name == _NAMES["head"] and _is_tied(config))
       ),
     )
 
@@ -136,15 +146,19 @@ def config_from_huggingface(
     LoadError: The architecture, or something it uses, is not supported.
   """
   model_type = settings.get("model_type")
-  if model_type not in (*_LLAMA_TYPES, _HYBRID_TYPE):
+  if model_type not in _MODEL_TYPES:
     raise LoadError(
       f"{source}: model_type {model_type!r} is not supported;"
-      f" supported are {', '.join((*_LLAMA_TYPES, _HYBRID_TYPE))}"
+      f" supported are {', '.join(_MODEL_TYPES)}"
     )
   activation = settings.get("hidden_act", "silu")
-  if activation != "silu":
+  if model_type == _GEMMA_TYPE:
+    activation = settings.get("hidden_activation") or "gelu_pytorch_tanh"
+  if activation != ("gelu_pytorch_tanh" if model_type == _GEMMA_TYPE else "silu"):
     raise LoadError(f"{source}: activation {activation!r} is not supported")
   try:
+    if model_type == _GEMMA_TYPE:
+      return _gemma_config(settings)
     if model_type == _HYBRID_TYPE:
       return _hybrid_config(settings, names, source=source)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
@@ -176,6 +190,35 @@ def config_from_huggingface(
     )
   except KeyError as error:
     raise LoadError(f"{source}: config.json has no {error}") from error
+
+
+def _is_tied(config: ModelConfig) -> bool:
+  return isinstance(config, Gemma2Config) or config.tie_embeddings
+
+
+def _gemma_config(settings: dict[str, Any]) -> Gemma2Config:
+  num_layers = settings["num_hidden_layers"]
+  kinds = settings.get("layer_types") or [
+    "full_attention" if layer % 2 else "sliding_attention"
+    for layer in range(num_layers)
+  ]
+  window = settings["sliding_window"]
+  rope = dict(settings.get("rope_parameters") or {})
+  return Gemma2Config(
+    vocab_size=settings["vocab_size"],
+    hidden_size=settings["hidden_size"],
+    intermediate_size=settings["intermediate_size"],
+    windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+    num_heads=settings["num_attention_heads"],
+    num_kv_heads=settings["num_key_value_heads"],
+    head_dim=settings["head_dim"],
+    query_scalar=settings["query_pre_attn_scalar"],
+    attention_soft_cap=settings.get("attn_logit_softcapping"),
+    logits_soft_cap=settings.get("final_logit_softcapping"),
+    rope_theta=float(rope.get("rope_theta", settings.get("rope_theta", 10000.0))),
+    norm_epsilon=settings["rms_norm_eps"],
+    max_position=settings.get("max_position_embeddings", 8192),
+  )
 
 
 def _hybrid_config(

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcache.models.errors import LoadError
+from kvcache.models.gemma2 import Gemma2, Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 
-Model = Llama | GraniteHybrid
-ModelConfig = LlamaConfig | GraniteHybridConfig
+Model = Llama | Gemma2 | GraniteHybrid
+ModelConfig = LlamaConfig | Gemma2Config | GraniteHybridConfig
 ReadTensor = Callable[[str, int | None], np.ndarray]
 """`read(role, layer)` returns one tensor; `layer` is None outside the blocks."""
 
@@ -37,7 +38,9 @@ _BLOCK_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("attention", "out", "bias"): ("out_bias",),
   ("attention", "q_norm", "scale"): ("q_norm",),
   ("attention", "k_norm", "scale"): ("k_norm",),
+  ("attention_out_norm", "scale"): ("attention_out_norm",),
   ("mlp_norm", "scale"): ("mlp_norm",),
+  ("mlp_out_norm", "scale"): ("mlp_out_norm",),
   ("mlp", "gate_up", "weight"): ("gate", "up"),
   ("mlp", "down", "weight"): ("down",),
 }
@@ -76,6 +79,8 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
   def make() -> Model:
     if isinstance(config, LlamaConfig):
       return Llama(config, rngs=nnx.Rngs(0))
+    if isinstance(config, Gemma2Config):
+      return Gemma2(config, rngs=nnx.Rngs(0))
     return GraniteHybrid(config, rngs=nnx.Rngs(0))
 
   return nnx.split(nnx.eval_shape(make))
@@ -87,9 +92,9 @@ def _slot(config: ModelConfig, path: tuple) -> _Slot:
   label = ".".join(map(str, names))
   if names[0] != "layers":
     return _Slot(label, _MODEL_PARTS[names], (None,))
-  if isinstance(config, LlamaConfig):
-    if config.scan_layers:
-      return _Slot(label, _BLOCK_PARTS[names[1:]], tuple(range(config.num_layers)))
+  if isinstance(config, LlamaConfig) and config.scan_layers:
+    return _Slot(label, _BLOCK_PARTS[names[1:]], tuple(range(config.num_layers)))
+  if not isinstance(config, GraniteHybridConfig):
     return _Slot(label, _BLOCK_PARTS[names[2:]], (names[1],))
   if names[2:] == ("mixer", "out", "weight"):
     is_attention = config.layer_types[names[1]] == "attention"

@@ -43,6 +43,8 @@ class PagedAttention(nnx.Module):
     qk_norm: bool = False,
     norm_epsilon: float = 1e-5,
     sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
     dtype: DTypeLike = jnp.float32,
   ):
     """Makes the layer with random weights.
@@ -59,6 +61,8 @@ class PagedAttention(nnx.Module):
       qk_norm: Whether queries and keys are normalised per head (Qwen3).
       norm_epsilon: Epsilon of these norms.
       sm_scale: Factor of the logits, `head_dim ** -0.5` if omitted.
+      sliding_window: Tokens that a query sees, itself included; all if omitted.
+      logits_soft_cap: Soft bound of the logits, or None.
       dtype: Of the weights.
     """
     if num_heads % num_kv_heads:
@@ -71,6 +75,8 @@ class PagedAttention(nnx.Module):
     self.head_dim = head_dim
     self.rotary = rotary
     self.sm_scale = sm_scale
+    self.sliding_window = sliding_window
+    self.logits_soft_cap = logits_soft_cap
     linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     self.qkv = linear(features, width, use_bias=use_bias)
@@ -113,5 +119,13 @@ class PagedAttention(nnx.Module):
         rotation = self.rotary(metadata.positions)
       q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
     ctx = write_kv(ctx, layer, k, v, metadata)
-    attended = attend(ctx, layer, q, metadata, sm_scale=self.sm_scale)
+    attended = attend(
+      ctx,
+      layer,
+      q,
+      metadata,
+      sm_scale=self.sm_scale,
+      sliding_window=self.sliding_window,
+      logits_soft_cap=self.logits_soft_cap,
+    )
     return self.out(attended.astype(x.dtype).reshape(num_tokens, -1)), ctx

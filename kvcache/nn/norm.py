@@ -16,13 +16,20 @@ class RMSNorm(nnx.Module):
   Attributes:
     scale: `[features]` learned weights.
     epsilon: Added to the mean square.
+    offset: Added to the weights.
   """
 
   def __init__(
-    self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike = jnp.float32
+    self,
+    features: int,
+    *,
+    epsilon: float = 1e-5,
+    offset: float = 0.0,
+    dtype: DTypeLike = jnp.float32,
   ):
-    self.scale = nnx.Param(jnp.ones((features,), dtype))
+    self.scale = nnx.Param(jnp.full((features,), 1.0 - offset, dtype))
     self.epsilon = epsilon
+    self.offset = offset
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises `x` `[..., features]`; keeps its dtype."""
@@ -30,4 +37,6 @@ class RMSNorm(nnx.Module):
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = (wide * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
     scale = self.scale[...].astype(x.dtype)
+    if self.offset:
+      scale = scale + jnp.asarray(self.offset, x.dtype)
     return normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))
