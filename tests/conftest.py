@@ -26,6 +26,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 
+# These take minutes each: begun first, so that no process is left alone with one.
+LONGEST = ("test_walks.py", "test_memory.py", "test_serve.py", "test_hybrid.py")
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first."""
+  place = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
   """Drops a module's compiled programs when it ends.
