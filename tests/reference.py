@@ -146,6 +146,7 @@ class ReferenceCache:
       return
     if block.prefix is None:
       self.num_free += 1
+      self.seen["snapshot of an unpublished block lost"] += block.snapshot is not None
       self._drop_snapshot(block)
     elif not keep_prefix and not self._has_child(block):
       self._forget(block)
@@ -476,6 +477,13 @@ class ReferenceCache:
       return True
     last = row.blocks[new_len // self.block_size - 1]
     return new_len % self.block_size == 0 and last.snapshot is not None
+
+  def state_lens(self, s):
+    """Lengths to which row `s` can return: its own, and where a state stands."""
+    row = self.rows[s]
+    lens = [(i + 1) * self.block_size for i in range(self._num_full(row))]
+    found = [n for n in lens if self._has_state_at(row, n)]
+    return [0, *found, len(row.tokens)]
 
   def _must_copy(self, row, new_len):
     """Whether the block that the row would write next is not its own."""

@@ -166,6 +166,17 @@ def test_a_snapshot_outlives_the_sequence_that_made_it():
   kvcache.check_invariants(ctx)
 
 
+def test_a_snapshot_goes_with_a_block_that_was_never_published():
+  ctx = fresh(ROOMY.sizes)
+  ctx, row, _ = start(ctx, PROMPT, ends=[24, 25])
+  assert stats(ctx).num_snapshots.item() == 1 and not ctx.sequences.num_published.any()
+  ctx = jax.jit(kvcache.finish, static_argnames="keep_prefix")(
+    ctx, jnp.arange(3) == row, keep_prefix=False
+  )
+  kvcache.check_invariants(ctx)
+  assert stats(ctx).num_snapshots.item() == 0
+
+
 def test_equal_prompts_side_by_side_keep_one_snapshot():
   tokens = jnp.asarray([PROMPT] * 2, jnp.int32)
   ctx = fresh(ROOMY.sizes)

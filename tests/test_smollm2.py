@@ -100,6 +100,7 @@ def test_preemption_changes_no_token(model, loaded):
   assert sum(completion.num_preemptions for completion in done) >= 2
 
 
+@pytest.mark.slow
 def test_speculation_changes_no_token(model, loaded):
   slices = []
   names = ["counting", "facts_list", "story_twice", "code"]
@@ -110,6 +111,7 @@ def test_speculation_changes_no_token(model, loaded):
   assert last.num_steps < 40  # instead of 48 and the prompts
 
 
+@pytest.mark.slow
 def test_alone(model, loaded):
   ctx = make_context(loaded, num_blocks=161)
   for name in ("one_token", "facts_list"):

@@ -112,7 +112,7 @@ for name, like, num_snapshots, interval in (
       num_snapshots=num_snapshots,
       snapshot_interval=interval,
     ),
-    phases=("fill", "decode", "snapshots", "restart"),
+    phases=("snapshots", "decode", "snapshots", "restart"),
   )
 
 # What a phase does, and how often. A name with "+" is a sequence of transitions.
@@ -169,10 +169,10 @@ PHASES = {
     "extend+step": 10,
     "extend_decode+step_decode": 4,
     "finish": 2,
-    "abandon": 1,
+    "abandon": 2,
     "publish": 1,
     "fork": 2,
-    "rewind": 2,
+    "rewind": 3,
     "evict": 1,
     "evict_snapshots": 2,
     "reset": 0.1,
@@ -331,6 +331,8 @@ class Proposer:
 
   def _states(self, new, tokens, *, num_rows):
     """The recurrent states that a model would leave after these tokens; junk else."""
+    if not self.config.is_hybrid:
+      return {}
     prints = self.rng.integers(1 << 20, size=num_rows, dtype=np.uint32)
     for s, mine in new.items():
       row = self.oracle.rows[s]
@@ -351,6 +353,9 @@ class Proposer:
   def _propose_rewind(self):
     lens = np.array([len(row.tokens) for row in self.oracle.rows])
     counts = self.rng.integers(0, lens + 1)
+    if self.config.is_hybrid and self._chance(0.6):  # to where a state stands
+      targets = [self.rng.choice(self.oracle.state_lens(s)) for s in range(lens.size)]
+      return {"num_tokens": (lens - targets).astype(np.int32)}
     kind = self.rng.integers(3)
     if kind == 0:  # few tokens of all rows
       counts = np.minimum(counts, 3)
