@@ -77,7 +77,8 @@ def _run_drafts(
   drafts, num_drafts = drafter(requests, batch)
   # Not beyond what the request may have; none if there are no blocks for all.
   room = jnp.maximum(batch.limits - 1 - batch.lengths, 0)
-  num_drafts = jnp.where(live, jnp.clip(num_drafts, 0, room), 0)
+  most = jnp.minimum(room, drafter.num_drafts)
+  num_drafts = jnp.where(live, jnp.clip(num_drafts, 0, most), 0)
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
