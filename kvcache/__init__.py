@@ -29,6 +29,7 @@ from kvcache.checks import check_invariants, checked
 from kvcache.config import (
   AttentionLayer,
   CacheConfig,
+  LayerGroup,
   NULL_BLOCK,
   NULL_STATE,
   RecurrentLayer,
@@ -40,6 +41,7 @@ from kvcache.context import (
   Counters,
   evict,
   evict_snapshots,
+  evict_window_blocks,
   extend,
   init,
   publish,
@@ -73,7 +75,7 @@ from kvcache.handoff import (
 )
 from kvcache.kv import KVStore
 from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
-from kvcache.metadata import StepMetadata
+from kvcache.metadata import StepMetadata, WindowView
 from kvcache.observe import Events, events, Stats, stats
 from kvcache.prefix import PrefixIndex
 from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
@@ -85,6 +87,7 @@ from kvcache.serve import serve, step
 from kvcache.speculation import Drafter, PromptLookup
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
+from kvcache.windows import WindowBlocks
 
 __version__ = "0.1.0"
 
@@ -109,6 +112,7 @@ __all__ = [
   "InvalidRequestError",
   "InvariantError",
   "KVStore",
+  "LayerGroup",
   "PrefixIndex",
   "PromptLookup",
   "RecurrentLayer",
@@ -130,6 +134,8 @@ __all__ = [
   "Status",
   "StepMetadata",
   "TokenBudgetError",
+  "WindowBlocks",
+  "WindowView",
   "admit",
   "attend",
   "beam_search",
@@ -141,6 +147,7 @@ __all__ = [
   "events",
   "evict",
   "evict_snapshots",
+  "evict_window_blocks",
   "export_sequences",
   "extend",
   "find",

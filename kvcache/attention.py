@@ -1,10 +1,9 @@
 """Attention of a step's queries over the keys and values of a Context."""
 
 from jax import Array
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kvcache.context import Context
+from kvcache.context import Context, locate, view_of
 from kvcache.metadata import StepMetadata
 from pallas_kernels import paged_attention
 
@@ -20,6 +19,7 @@ def attend(
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
   implementation: str | None = None,
+  group: int | None = None,
 ) -> Array:
   """Attends from each token of a step to its sequence up to itself.
 
@@ -27,42 +27,53 @@ def attend(
 
   Args:
     ctx: The context.
-    layer: `[]` int32, may be traced: index of the attention layer.
+    layer: `[]` int32, index among the attention layers in model order. May be traced.
     q: `[T, H, D]`.
     metadata: Of this step.
     sm_scale: Factor of the logits, `D ** -0.5` if omitted.
-    sliding_window: Tokens that a query sees, itself included; all before it if omitted.
+    sliding_window: Tokens that a query sees, itself included; as many as the layer
+      keeps if omitted.
     logits_soft_cap: Scaled logits become `cap * tanh(logit / cap)`.
     sinks: `[H]` logits that join each head's softmax and have no value.
     implementation: Name of an implementation of `pallas_kernels.paged_attention`, or
       None for the best that can serve.
+    group: Index in `config.groups`, only for a traced layer where there are several.
 
   Returns:
     `[T, H, Dv]` in `q`'s dtype; zeros for padding.
 
   Raises:
-    ValueError: Shapes do not fit the cache or the step.
+    ValueError: Shapes do not fit the cache or the step, or the window is wider than
+      what the layer keeps.
     NotImplementedError: The named implementation cannot serve.
   """
   config = ctx.config
   if q.ndim != 3 or q.shape[0] != metadata.num_tokens:
     raise ValueError(f"q must be [{metadata.num_tokens}, H, D], got {q.shape}")
-  store = ctx.kv.flat()
-  offset = jnp.asarray(layer, jnp.int32) * config.num_blocks
+  at, place = locate(config, layer, group)
+  spec, store = config.groups[at].layer, ctx.kv[at]
+  if spec.sliding_window is not None:
+    sliding_window = sliding_window or spec.sliding_window
+    if sliding_window > spec.sliding_window:
+      raise ValueError(
+        f"sliding_window={sliding_window} is wider than what the layer keeps,"
+        f" {spec.sliding_window} tokens"
+      )
+  flat = store.flat()
   out = paged_attention.paged_attention(
     q,
-    store.k,
-    store.v,
-    metadata.block_tables + offset,
+    flat.k,
+    flat.v,
+    view_of(config, at, metadata).block_tables + place * store.num_blocks,
     metadata.seq_lens,
     metadata.cu_seqlens,
     sm_scale=sm_scale,
     sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
     sinks=sinks,
-    k_scale=store.k_scale,
-    v_scale=store.v_scale,
-    v_head_dim=config.v_head_dim,
+    k_scale=flat.k_scale,
+    v_scale=flat.v_scale,
+    v_head_dim=spec.v_dim,
     max_query_len=1 if metadata.is_decode else None,
     implementation=implementation,
   )

@@ -26,16 +26,19 @@ from kvcache import (
   sequences,
   state_rows,
   states,
+  windows,
 )
 from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig, NULL_STATE
 from kvcache.errors import Status
 from kvcache.kv import KVStore
-from kvcache.metadata import StepMetadata
+from kvcache.metadata import StepMetadata, WindowView
 from kvcache.prefix import PrefixIndex
+from kvcache.publishing import Tables
 from kvcache.sequences import SequenceTable
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
+from kvcache.windows import WindowBlocks
 
 
 class Counters(flax.struct.PyTreeNode, kw_only=True):
@@ -49,7 +52,8 @@ class Counters(flax.struct.PyTreeNode, kw_only=True):
     num_cut: Prompts whose hit ended earlier, because the next block was not cached.
     num_evicted: Blocks evicted.
     lost_tokens: Tokens of those prompts that were cached and yet had to be computed,
-      because no snapshot of the recurrent state stood there.
+      because no snapshot of the recurrent state stood there, or the keys and values of
+      a sliding window were gone.
   """
 
   num_admitted: Array
@@ -68,7 +72,8 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
     pool: Which blocks are free, how many table entries name each.
     sequences: Which blocks each sequence owns; lengths.
     prefix: Which blocks hold which tokens; eviction order.
-    kv: Keys and values.
+    kv: Keys and values of each of `config.groups`.
+    windows: The blocks of each of `config.windows`.
     state_rows: Which recurrent states are free, live or snapshots; None if no layer is
       recurrent.
     states: The recurrent states, or None.
@@ -79,21 +84,21 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
   pool: BlockPool
   sequences: SequenceTable
   prefix: PrefixIndex
-  kv: KVStore
+  kv: tuple[KVStore, ...]
+  windows: tuple[WindowBlocks, ...]
   state_rows: StateRows | None
   states: StateStore | None
   counters: Counters
   config: CacheConfig = flax.struct.field(pytree_node=False)
 
   @property
-  def tables(self) -> publishing.Tables:
+  def tables(self) -> Tables:
     """Everything but keys, values and states: what the bookkeeping loops carry."""
-    return self.pool, self.sequences, self.prefix, self.state_rows
+    return Tables(self.pool, self.sequences, self.prefix, self.state_rows, self.windows)
 
-  def with_tables(self, tables: publishing.Tables) -> "Context":
+  def with_tables(self, tables: Tables) -> "Context":
     """The same context with other bookkeeping."""
-    pool, table, index, rows = tables
-    return self.replace(pool=pool, sequences=table, prefix=index, state_rows=rows)
+    return self.replace(**tables._asdict())
 
 
 def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
@@ -124,14 +129,27 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
       block_size=config.block_size,
       num_buckets=config.num_buckets,
       num_ways=config.index_ways,
-      queue_size=config.queue_size,
       salt=salts,
     ),
-    kv=kv.init(
-      config.layer,
-      num_layers=config.num_layers,
-      num_blocks=config.num_blocks,
-      block_size=config.block_size,
+    kv=tuple(
+      kv.init(
+        group.layer,
+        num_layers=group.num_layers,
+        num_blocks=_pool_size(config, group.layer.sliding_window),
+        block_size=config.block_size,
+      )
+      for group in config.groups
+    ),
+    windows=tuple(
+      windows.init(
+        sliding_window=window,
+        num_window_blocks=config.window_pool_size(window),
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_seqs=config.max_seqs,
+        max_blocks_per_seq=config.max_blocks_per_seq,
+      )
+      for window in config.windows
     ),
     state_rows=rows,
     states=store,
@@ -140,6 +158,10 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     ),
     config=config,
   )
+
+
+def _pool_size(config: CacheConfig, window: int | None) -> int:
+  return config.num_blocks if window is None else config.window_pool_size(window)
 
 
 def bookkeeping_bytes(config: CacheConfig) -> int:
@@ -171,7 +193,8 @@ def extend(
 
   Returns:
     `(ctx, status [S])`. Rows are served first come, first served: one that does not
-    fit, and every later one that needs a block, gets `NO_BLOCKS`; likewise
+    fit, in the context's pool or in a sliding window's, and every later one that needs
+    a block, gets `NO_BLOCKS`; likewise
     `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
     (negative) rows take nothing from others.
   """
@@ -198,22 +221,36 @@ def extend(
   need = jnp.maximum(num_wanted - table.num_blocks, 0)
   need = jnp.where((status == Status.OK) & asks, need, 0)
   _, fits = ragged.first_come(need, ctx.pool.num_free, order=order)
+  recycles = [jnp.zeros(config.max_seqs, bool) for _ in ctx.windows]
+  if num_tokens is None:
+    recycles = [windows.can_recycle(window, table.seq_lens) for window in ctx.windows]
+  for window, own in zip(ctx.windows, recycles, strict=True):
+    taken = jnp.where(own, 0, need)
+    fits &= ragged.first_come(taken, window.pool.num_free, order=order)[1]
   status = jnp.where(fits, status, Status.NO_BLOCKS)
   need = jnp.where(fits, need, 0)
 
+  rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
   if num_tokens is None:
     wants = need > 0
-    rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
     pool, block_ids = blocks.allocate_one_each(ctx.pool, wants)
-    columns = table.num_blocks
+    columns, block_rows = table.num_blocks, rows
+    window_blocks = tuple(
+      windows.extend_one_each(window, table, wants, own)
+      for window, own in zip(ctx.windows, recycles, strict=True)
+    )
   else:
     num_entries = config.max_seqs + num_tokens // config.block_size
     pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
-    rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
-    columns = table.num_blocks[rows] + given.offsets
-  table = sequences.set_blocks(table, rows, columns, block_ids, wants)
+    block_rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
+    columns = table.num_blocks[block_rows] + given.offsets
+    window_blocks = tuple(
+      windows.extend(window, rows, table.num_blocks, need, num_entries=num_entries)
+      for window in ctx.windows
+    )
+  table = sequences.set_blocks(table, block_rows, columns, block_ids, wants)
   table = table.replace(num_blocks=table.num_blocks + need)
-  return ctx.replace(pool=pool, sequences=table), status
+  return ctx.replace(pool=pool, sequences=table, windows=window_blocks), status
 
 
 def step_metadata(
@@ -244,6 +281,7 @@ def step_metadata(
     )
   return metadata.build(
     ctx.sequences,
+    ctx.windows,
     arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
     num_tokens=num_tokens,
     num_blocks=config.num_blocks,
@@ -252,33 +290,94 @@ def step_metadata(
   )
 
 
+def locate(
+  config: CacheConfig, layer: ArrayLike, group: int | None = None
+) -> tuple[int, Array]:
+  """Finds an attention layer: its group, and its place in the group's store.
+
+  Args:
+    config: Static sizes.
+    layer: `[]` int32, index among the attention layers in model order.
+    group: Its index in `config.groups`. Needed only if `layer` is traced and there are
+      several.
+
+  Raises:
+    ValueError: There is no such layer, it is in another group, or which group it is in
+      cannot be known.
+  """
+  num_groups = len(config.groups)
+  if group is not None and not 0 <= group < num_groups:
+    raise ValueError(f"group must be from 0 to {num_groups - 1}, got {group}")
+  if isinstance(layer, int | np.integer):
+    if not 0 <= layer < config.num_layers:
+      raise ValueError(
+        f"layer must be the index of one of {config.num_layers} attention layers, got"
+        f" {layer}"
+      )
+    found, place = config.places[layer]
+    if group not in (None, found):
+      raise ValueError(f"layer {layer} is in group {found}, got group={group}")
+    return found, jnp.int32(place)
+  if group is None and num_groups != 1:
+    raise ValueError(
+      f"group must be given with a traced layer where there are {num_groups} groups of"
+      " attention layers"
+    )
+  layer = jnp.asarray(layer, jnp.int32)
+  places = [place for _, place in config.places]
+  is_in_order = places == list(range(config.num_layers))
+  return group or 0, layer if is_in_order else jnp.asarray(places, jnp.int32)[layer]
+
+
 def write_kv(
   ctx: Context,
   layer: ArrayLike,
   k: Array,
   v: Array | None,
   metadata: StepMetadata,
+  *,
+  group: int | None = None,
 ) -> Context:
   """Stores the keys and values of a step's tokens in one layer.
 
   Args:
     ctx: The context.
-    layer: `[]` int32, may be traced: index of the attention layer.
+    layer: `[]` int32, index among the attention layers in model order. May be traced.
     k: `[T, K, D]`, cast or quantised to the layer's dtype.
     v: `[T, K, Dv]`; None for latent layers, whose values are the first part of `k`.
     metadata: Of this step.
+    group: Index in `config.groups`, only for a traced layer where there are several.
+
+  Raises:
+    ValueError: Shapes do not fit, or the layer has no keys and values of its own.
   """
   config = ctx.config
-  shape = (metadata.num_tokens, config.num_kv_heads)
-  if k.shape != (*shape, config.head_dim):
-    raise ValueError(f"k must have shape {(*shape, config.head_dim)}, got {k.shape}")
-  if config.is_latent:
+  at, place = locate(config, layer, group)
+  spec = config.groups[at].layer
+  if isinstance(layer, int):
+    owner = config.attention_layers[layer].shared_with
+    if owner is not None:
+      raise ValueError(f"layer {layer} reads the keys and values of layer {owner}")
+  shape = (metadata.num_tokens, spec.num_kv_heads)
+  if k.shape != (*shape, spec.head_dim):
+    raise ValueError(f"k must have shape {(*shape, spec.head_dim)}, got {k.shape}")
+  if spec.is_latent:
     if v is not None:
       raise ValueError("v must be None: values of latent layers are part of k")
-  elif v is None or v.shape != (*shape, config.v_head_dim):
+  elif v is None or v.shape != (*shape, spec.v_dim):
     got = None if v is None else v.shape
-    raise ValueError(f"v must have shape {(*shape, config.v_head_dim)}, got {got}")
-  return ctx.replace(kv=kv.write(ctx.kv, layer, k, v, metadata.slot_mapping))
+    raise ValueError(f"v must have shape {(*shape, spec.v_dim)}, got {got}")
+  slots = view_of(config, at, metadata).slot_mapping
+  store = kv.write(ctx.kv[at], place, k, v, slots)
+  return ctx.replace(kv=(*ctx.kv[:at], store, *ctx.kv[at + 1 :]))
+
+
+def view_of(
+  config: CacheConfig, group: int, metadata: StepMetadata
+) -> StepMetadata | WindowView:
+  """Where a step's tokens stand in the pool of a group."""
+  window = config.groups[group].layer.sliding_window
+  return metadata if window is None else metadata.windows[config.windows.index(window)]
 
 
 def read_state(
@@ -401,41 +500,71 @@ def _advance_states(ctx: Context, rows: StateRows, seq_lens: Array) -> StateRows
 
 
 def publish(ctx: Context) -> Context:
-  """Puts every full block into the prefix index.
+  """Puts every full block into the prefix index, and lets sliding windows move on.
 
-  `admit`, `fork` and `finish` do it first.
+  `admit`, `fork` and `finish` do it first. Blocks behind a window stay cached until
+  evicted.
   """
-  return ctx.with_tables(
-    publishing.publish(ctx.tables, chunk_size=ctx.config.chunk_size)
+  size = ctx.config.chunk_size
+  ctx = ctx.with_tables(publishing.publish(ctx.tables, chunk_size=size))
+  return ctx.replace(
+    windows=tuple(
+      windows.trim(window, ctx.sequences, chunk_size=size) for window in ctx.windows
+    )
   )
 
 
 def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   """Frees up to `count` cached blocks that nobody holds, least recently used first.
 
+  What is kept beside them, in sliding windows and as snapshots, goes with them.
+
   Returns:
     `(ctx, num_evicted [])`.
   """
   count = arguments.as_int32("count", count, shape=())
 
-  def go(state: tuple[BlockPool, PrefixIndex, StateRows | None, Array]):
-    pool, index, rows, left = state
+  def go(state: tuple[Tables, Array]) -> tuple[Tables, Array]:
+    (pool, table, index, rows, window_blocks), left = state
     index, block_ids, mask = prefix.pop(index, left, num_entries=ctx.config.chunk_size)
     if rows is not None:
       rows = state_rows.drop(rows, block_ids, mask)
+    window_blocks = tuple(windows.detach(w, block_ids, mask) for w in window_blocks)
     pool = blocks.push(pool, block_ids, mask)
-    return pool, index, rows, left - ragged.sum_int(mask)
+    tables = Tables(pool, table, index, rows, window_blocks)
+    return tables, left - ragged.sum_int(mask)
 
   # Ends because every round frees a block or moves the ring's head on.
-  pool, index, rows, left = jax.lax.while_loop(
-    lambda state: (state[3] > 0) & (state[1].num_evictable > 0),
+  tables, left = jax.lax.while_loop(
+    lambda state: (state[1] > 0) & (state[0].prefix.num_evictable > 0),
     go,
-    (ctx.pool, ctx.prefix, ctx.state_rows, count),
+    (ctx.tables, count),
   )
   num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
   counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + total(num))
-  ctx = ctx.replace(pool=pool, prefix=index, state_rows=rows, counters=counters)
-  return ctx, num
+  return ctx.with_tables(tables).replace(counters=counters), num
+
+
+def evict_window_blocks(ctx: Context, counts: ArrayLike) -> tuple[Context, Array]:
+  """Frees cached blocks of sliding windows that no row holds, oldest first.
+
+  The blocks of the context that stand for the same tokens stay cached; prefix hits that
+  need what is gone end earlier.
+
+  Args:
+    ctx: The context.
+    counts: `[W]` int32. How many to free at most, for each of `config.windows`.
+
+  Returns:
+    `(ctx, num_evicted [W])`.
+  """
+  counts = arguments.as_int32("counts", counts, shape=(len(ctx.windows),))
+  results = [
+    windows.evict(window, counts[i], num_entries=ctx.config.chunk_size)
+    for i, window in enumerate(ctx.windows)
+  ]
+  ctx = ctx.replace(windows=tuple(window for window, _ in results))
+  return ctx, jnp.array([num for _, num in results], jnp.int32)
 
 
 def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:

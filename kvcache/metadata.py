@@ -9,12 +9,27 @@ belongs to row `seq_ids[t]` and stands at `positions[t]`.
     compute.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
 from kvcache.sequences import SequenceTable
+from kvcache.windows import WindowBlocks
+
+
+class WindowView(flax.struct.PyTreeNode, kw_only=True):
+  """Where a step's tokens stand in the pool of one sliding window.
+
+  Attributes:
+    block_tables: `[S, P]` int32. Columns behind the window are `NULL_BLOCK`.
+    slot_mapping: `[T]` int32. As in `StepMetadata`, padding is `Nw * block_size`.
+  """
+
+  block_tables: Array
+  slot_mapping: Array
 
 
 class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
@@ -32,6 +47,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     logits_indices: `[S * num_logits]` int32. Each row's last token, anything in range
       for rows not in it; with `num_logits` above 1, each row's first so many tokens.
     block_tables: `[S, P]` int32. Of the context.
+    windows: For each of `config.windows`, where the tokens stand in its pool.
     is_decode: Whether the layout is the decode layout. Static.
   """
 
@@ -43,6 +59,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   cu_seqlens: Array
   logits_indices: Array
   block_tables: Array
+  windows: tuple[WindowView, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
@@ -61,6 +78,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
 
 def build(
   table: SequenceTable,
+  windows: Sequence[WindowBlocks],
   query_lens: Array,
   *,
   num_tokens: int | None,
@@ -90,15 +108,26 @@ def build(
       at = starts[:, None] + jnp.arange(num_logits, dtype=jnp.int32)[None]
     logits_indices = jnp.clip(at.reshape(-1), 0, num_tokens - 1)
   column = jnp.minimum(positions // block_size, table.max_blocks_per_seq - 1)
-  slots = table.block_tables[rows, column] * block_size + positions % block_size
+
+  def slots(block_tables: Array, num_blocks: int) -> Array:
+    at = block_tables[rows, column] * block_size + positions % block_size
+    return ragged.masked(at, is_valid, num_blocks * block_size)
+
   return StepMetadata(
     seq_ids=rows,
     positions=positions,
-    slot_mapping=ragged.masked(slots, is_valid, num_blocks * block_size),
+    slot_mapping=slots(table.block_tables, num_blocks),
     query_lens=query_lens,
     seq_lens=jnp.where(query_lens > 0, table.seq_lens + query_lens, 0),
     cu_seqlens=cu_seqlens,
     logits_indices=logits_indices,
     block_tables=table.block_tables,
+    windows=tuple(
+      WindowView(
+        block_tables=window.block_tables,
+        slot_mapping=slots(window.block_tables, window.num_blocks),
+      )
+      for window in windows
+    ),
     is_decode=num_tokens is None,
   )

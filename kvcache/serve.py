@@ -266,7 +266,7 @@ def serve(
       ctx, requests, batch, num_run = state
       live = _live(ctx, batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
-      lacking = ragged.sum_int(sch.needs_block(ctx, live))
+      has_room = sch.all_can_decode(ctx, live)
       in_want = sch.num_snapshots_lacking(ctx, live.astype(jnp.int32)) > 0
       # Something can be admitted: a row or its blocks came free, or the last admission
       # ended only because it looked at a bounded number of requests.
@@ -277,7 +277,7 @@ def serve(
       return (
         jnp.any(live)
         & in_step
-        & (first | ((lacking <= ctx.pool.num_free) & ~can_admit & ~in_want))
+        & (first | (has_room & ~can_admit & ~in_want))
         & (requests.num_steps < limit)
       )
 

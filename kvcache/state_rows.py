@@ -88,11 +88,9 @@ def next_wanted(rows: StateRows, seq_lens: Array, *, interval: int) -> Array:
   return jnp.minimum(regular, extra)
 
 
-def cut_hits(rows: StateRows, block_ids: Array, num_hits: Array) -> Array:
-  """`[A]` int32: `num_hits` cut back to the last of `block_ids [A, C]` with a state."""
-  column = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
-  usable = (column < num_hits[:, None]) & (rows.snapshot_ids[block_ids] != NULL_STATE)
-  return jnp.max(jnp.where(usable, column + 1, 0), axis=1, initial=0)
+def may_end(rows: StateRows, block_ids: Array) -> Array:
+  """`[A, C]` bool: which of the blocks `[A, C]` have a state, so that a hit may end."""
+  return rows.snapshot_ids[block_ids] != NULL_STATE
 
 
 def start(

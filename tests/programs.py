@@ -26,9 +26,10 @@ def layered_model(
   """Writes and reads the cache in each layer, with K/V as the carry of a scan."""
   config = ctx.config
   with jax.named_scope(MODEL_SCOPE):
-    shape = (metadata.num_tokens, config.num_kv_heads, config.head_dim)
+    spec = config.attention_layers[0]
+    shape = (metadata.num_tokens, spec.num_kv_heads, spec.head_dim)
     angle = (tokens + metadata.positions).astype(jnp.float32) * 0.1
-    lane = jnp.arange(config.head_dim, dtype=jnp.float32) + 1.0
+    lane = jnp.arange(spec.head_dim, dtype=jnp.float32) + 1.0
     x = jnp.broadcast_to(jnp.sin(angle[:, None] * lane[None])[:, None], shape)
 
     def layer(carry, index):
@@ -92,7 +93,8 @@ def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
   mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
-  keys = (num_tokens, config.num_kv_heads, config.head_dim)
+  spec = config.attention_layers[0]
+  keys = (num_tokens, spec.num_kv_heads, spec.head_dim)
   k = jax.ShapeDtypeStruct(keys, config.dtype)
   abandon = functools.partial(kvcache.finish, keep_prefix=False)
   shapes = {

@@ -220,7 +220,9 @@ def test_paged_attention_writes_its_own_layer_only():
   _, ctx, _ = run_step(
     model, ctx, jnp.arange(16, dtype=jnp.int32) % 5, lens, num_tokens=16
   )
-  written = [np.count_nonzero(np.asarray(ctx.kv.k[layer]).any(-1)) for layer in (0, 1)]
+  written = [
+    np.count_nonzero(np.asarray(ctx.kv[0].k[layer]).any(-1)) for layer in (0, 1)
+  ]
   assert written == [0, 3 * 2]  # tokens times kv heads
 
 
@@ -243,7 +245,7 @@ def test_paged_attention_takes_a_traced_layer_and_a_shared_rotation():
 
   (out, after), (traced, traced_after) = both(function, ctx, jnp.int32(1))
   np.testing.assert_allclose(traced, out, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(traced_after.kv.k, after.kv.k, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(traced_after.kv[0].k, after.kv[0].k, rtol=1e-5, atol=1e-6)
 
 
 def test_query_heads_must_be_a_multiple_of_kv_heads():

@@ -25,6 +25,11 @@ SEEDS = {
   "cramped": 4,
   "int8": 1,
   "hybrid": 3,
+  "windows": 3,
+  "windows_tiny": 2,
+  "windows_decode": 1,
+  "windows_short": 1,
+  "three_groups": 2,
 }
 MUST_HAPPEN = {
   "admit": "OK NO_ROW TOO_LONG EMPTY INVALID",
@@ -65,6 +70,9 @@ def test_walks_come_across_everything():
   wanted += ["no state for a snapshot", "snapshot evicted alone"]
   wanted += ["snapshot of an unpublished block lost"]
   wanted += ["1 snapshots merged", "2 snapshots merged"]
+  wanted += ["window block recycled", "window block attached", "window moved on"]
+  wanted += ["window block evicted alone", "window block held again"]
+  wanted += ["no window block"]
   rare = {event: seen[event] for event in wanted if seen[event] < 5}
   assert not rare
 
@@ -92,7 +100,7 @@ def test_walks_under_vmap_give_the_same_bits():
 
 NAMES = sorted(
   {part for phase in PHASES.values() for name in phase for part in name.split("+")}
-  - {"evict_snapshots"}  # of recurrent layers, which "tiny" has none of
+  - {"evict_snapshots", "evict_window_blocks"}  # of layers that "tiny" has none of
 )
 
 
