@@ -220,24 +220,26 @@ def extend(
   )
   need = jnp.maximum(num_wanted - table.num_blocks, 0)
   need = jnp.where((status == Status.OK) & asks, need, 0)
-  _, fits = ragged.first_come(need, ctx.pool.num_free, order=order)
-  recycles = [jnp.zeros(config.max_seqs, bool) for _ in ctx.windows]
-  if num_tokens is None:
-    recycles = [windows.can_recycle(window, table.seq_lens) for window in ctx.windows]
-  for window, own in zip(ctx.windows, recycles, strict=True):
-    taken = jnp.where(own, 0, need)
-    fits &= ragged.first_come(taken, window.pool.num_free, order=order)[1]
+  takes, recycles = [need], []
+  for window in ctx.windows:
+    own = jnp.zeros(config.max_seqs, bool)
+    if num_tokens is None:
+      own = windows.can_recycle(window, table.seq_lens)
+    recycles.append(own)
+    takes.append(jnp.where(own, 0, need))
+  free = [ctx.pool.num_free, *(window.pool.num_free for window in ctx.windows)]
+  ranks, fits = ragged.first_come(jnp.stack(takes), jnp.stack(free), order=order)
   status = jnp.where(fits, status, Status.NO_BLOCKS)
   need = jnp.where(fits, need, 0)
 
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
   if num_tokens is None:
     wants = need > 0
-    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants)
+    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=ranks[0])
     columns, block_rows = table.num_blocks, rows
     window_blocks = tuple(
-      windows.extend_one_each(window, table, wants, own)
-      for window, own in zip(ctx.windows, recycles, strict=True)
+      windows.extend_one_each(window, table, wants, own, ranks=before)
+      for window, own, before in zip(ctx.windows, recycles, ranks[1:], strict=True)
     )
   else:
     num_entries = config.max_seqs + num_tokens // config.block_size

@@ -148,7 +148,12 @@ def can_recycle(window: WindowBlocks, seq_lens: Array) -> Array:
 
 
 def extend_one_each(
-  window: WindowBlocks, table: SequenceTable, wants: Array, recycles: Array
+  window: WindowBlocks,
+  table: SequenceTable,
+  wants: Array,
+  recycles: Array,
+  *,
+  ranks: Array,
 ) -> WindowBlocks:
   """Gives a block to each row in `wants`: its own oldest one where `recycles`.
 
@@ -158,10 +163,11 @@ def extend_one_each(
     wants: `[S]` bool.
     recycles: `[S]` bool, from `can_recycle`. There are enough free blocks for the
       others.
+    ranks: `[S]` int32. How many of the others come before each.
   """
   P = window.block_tables.shape[1]
   recycles &= wants
-  pool, fresh = blocks.allocate_one_each(window.pool, wants & ~recycles)
+  pool, fresh = blocks.allocate_one_each(window.pool, wants & ~recycles, ranks=ranks)
   row = jnp.arange(window.max_seqs, dtype=jnp.int32)
   block_ids = jnp.where(recycles, _oldest(window), fresh)
   cleared = ragged.masked(window.first_blocks, recycles, P)

@@ -329,14 +329,15 @@ class ReferenceCache:
         continue
       need = self._blocks_for(len(row.tokens) + query_len) - len(row.blocks)
       num_needed += max(need, 0)
-      if need > 0 and num_needed > self.num_free:
+      taken = [
+        n + (0 if own[s] else max(need, 0))
+        for n, own in zip(taken, recycles, strict=True)
+      ]
+      pairs = zip(taken, self.windows, strict=True)
+      lacks = any(n > window.num_free for n, window in pairs)
+      if need > 0 and (lacks or num_needed > self.num_free):
         statuses[s] = Status.NO_BLOCKS
-      for i, window in enumerate(self.windows):
-        in_pool = 0 if recycles[i][s] else max(need, 0)
-        taken[i] += in_pool
-        if in_pool and taken[i] > window.num_free:
-          statuses[s] = Status.NO_BLOCKS
-          self.seen["no window block"] += 1
+        self.seen["no window block"] += num_needed <= self.num_free
     # Judged against the free blocks before the call, so blocks are taken at the end.
     for s, (query_len, status) in enumerate(zip(query_lens, statuses, strict=True)):
       row = self.rows[s]

@@ -78,7 +78,7 @@ def compile_program(run, *arguments, donate=0):
 
 @functools.cache
 def compiled(name, config=CONFIG):
-  if name in VERBS or name == "evict_snapshots":
+  if name not in LOOPS:
     program = programs.verbs(config, num_tokens=SCHEDULER.token_budget)[name]
     run, arguments = program.run, program.arguments
   else:
@@ -180,7 +180,8 @@ def test_nothing_reads_a_whole_table_but_the_compaction_of_the_ring(name):
 def steps_of_serve():
   """The body of each loop that runs model steps, by the tokens `T` of a step."""
   module = compiled("serve").module
-  per_token = CONFIG.num_kv_heads * CONFIG.head_dim
+  (group,) = CONFIG.groups
+  per_token = group.layer.num_kv_heads * group.layer.head_dim
   bodies = {}
   for outer in module.whiles():
     for inner in module.whiles(outer.callees["body"]):
@@ -265,6 +266,44 @@ def test_no_instruction_writes_all_states(name):
 def test_evicting_snapshots_costs_the_states_and_not_the_blocks():
   module = compiled("evict_snapshots", HYBRID).module
   assert not module.scans(NUM_BLOCKS) and not table_rewrites(module)
+
+
+# --- Sliding windows ------------------------------------------------------------------
+
+# Their pool is as large as the context's, so that the same sizes are looked for.
+WINDOWED = dataclasses.replace(
+  CONFIG,
+  layers=(CONFIG.layers[0], dataclasses.replace(CONFIG.layers[0], sliding_window=33)),
+  num_window_blocks=NUM_BLOCKS,
+)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "admit",
+    "fork",
+    "rewind",
+    "abandon",
+    "publish",
+    "evict",
+    "evict_window_blocks",
+    "decode_step",
+    "mixed_step",
+    "serve",
+  ],
+)
+def test_no_instruction_writes_all_of_a_window_s_pool(name):
+  ctx, program = abstract_context(WINDOWED), compiled(name, WINDOWED)
+  leaves = range(len(jax.tree.leaves(ctx)))
+  assert [program.module.aliases.get(leaf) for leaf in leaves] == list(leaves)
+  elements = POOL_ELEMENTS // CONFIG.num_layers
+  assert not [str(i) for i in program.module.rewrites(elements)]
+  assert not table_rewrites(program.module)
+  assert program.temp_bytes < MAX_TEMPORARIES * WINDOWED.num_bytes
+  if name == "decode_step":
+    assert not [i for i in program.module.walk() if i.opcode == "while"]
+    assert not program.module.scans(NUM_BLOCKS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
