@@ -102,8 +102,8 @@ def test_stop_tokens_come_from_the_generation_config_first(folder):
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ({"hidden_act": "gelu"}, "activation 'gelu'"),
     (
-      {"model_type": "mistral", "sliding_window": 64},
-      "sliding window attention is not supported",
+      {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+      "windows in some of the layers are not supported",
     ),
     (
       {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},

@@ -164,10 +164,10 @@ def config_from_huggingface(
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or hidden // heads
     length = settings.get("max_position_embeddings", 2048)
-    window = settings.get("sliding_window")
-    uses_window = settings.get("use_sliding_window", model_type == "mistral")
-    if uses_window and window and window < length:
-      raise LoadError(f"{source}: sliding window attention is not supported")
+    window = settings.get("sliding_window") or length
+    if model_type != "mistral" and settings.get("use_sliding_window"):
+      raise LoadError(f"{source}: windows in some of the layers are not supported")
+    has_window = model_type == "mistral" and window < length
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
     return LlamaConfig(
@@ -186,6 +186,7 @@ def config_from_huggingface(
       attention_bias=_NAMES["q_bias"].format(layer=0) in names,
       attention_out_bias=_NAMES["out_bias"].format(layer=0) in names,
       qk_norm=_NAMES["q_norm"].format(layer=0) in names,
+      sliding_window=window if has_window else None,
       max_position=length,
     )
   except KeyError as error:
