@@ -112,6 +112,7 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
       num_states=config.num_states,
       num_blocks=config.num_blocks,
       max_seqs=config.max_seqs,
+      max_drafts=config.max_drafts,
     )
     store = states.init(
       recurrent, num_layers=config.num_recurrent_layers, num_states=config.num_states
@@ -232,19 +233,29 @@ def step_metadata(
     num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode
       step: `T = S` and token `s` belongs to row `s`.
     num_logits: Static. Logits wanted of each row: of its last token, or of its first
-      `num_logits` tokens, to check drafts. More than 1 needs `num_tokens`.
+      `num_logits` tokens, to check drafts. More than 1 needs `num_tokens`, and with
+      recurrent layers rows get no more than `num_logits` tokens.
 
   Raises:
-    ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range.
+    ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range: with
+      recurrent layers it is at most `1 + config.max_drafts`.
   """
   config = ctx.config
   if num_logits < 1 or (num_logits > 1 and num_tokens is None):
     raise ValueError(
       f"num_logits must be 1 in a decode step and at least 1 else, got {num_logits}"
     )
+  query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
+  if num_logits > 1 and ctx.state_rows is not None:
+    if num_logits > 1 + config.max_drafts:
+      raise ValueError(
+        f"num_logits must be at most 1 + max_drafts = {1 + config.max_drafts} with"
+        f" recurrent layers, got {num_logits}"
+      )
+    query_lens = jnp.minimum(query_lens, num_logits)
   return metadata.build(
     ctx.sequences,
-    arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,)),
+    query_lens,
     num_tokens=num_tokens,
     num_blocks=config.num_blocks,
     block_size=config.block_size,
@@ -309,22 +320,27 @@ def write_state(
   Args:
     ctx: The context.
     layer: `[]` int32, may be traced: index of the recurrent layer.
-    state: Name -> `[S, ...]`, cast to the layer's dtypes. Rows that are not in the step
-      are ignored.
+    state: Name -> `[S, ...]`, cast to the layer's dtypes; in a draft step
+      `[S, num_logits, ...]`, entry `i` after the row's token `i`. Rows that are not in
+      the step, and entries past a row's tokens, are ignored.
     metadata: Of this step.
 
   Raises:
     ValueError: Names or shapes are not those of the layer.
   """
   rows, store = _recurrent(ctx)
+  in_step, state_ids = metadata.query_lens > 0, rows.state_ids[:, 0]
+  if metadata.num_logits > 1:
+    entry = jnp.arange(metadata.num_logits, dtype=jnp.int32)[None]
+    in_step = entry < metadata.query_lens[:, None]
+    state_ids = rows.state_ids[:, : metadata.num_logits]
   wanted = {
-    name: (ctx.config.max_seqs, *pool.shape[2:]) for name, pool in store.arrays.items()
+    name: (*state_ids.shape, *pool.shape[2:]) for name, pool in store.arrays.items()
   }
   got = {name: jnp.shape(array) for name, array in state.items()}
   if got != wanted:
     raise ValueError(f"state must have shapes {wanted}, got {got}")
-  in_step = metadata.query_lens > 0
-  state_ids = ragged.masked(rows.state_ids, in_step, store.num_states)
+  state_ids = ragged.masked(state_ids, in_step, store.num_states)
   return ctx.replace(states=states.write(store, layer, state, state_ids))
 
 
@@ -346,38 +362,45 @@ def commit(
   A row that comes to a length where a snapshot of its recurrent state is wanted (every
   `config.snapshot_tokens`, and after the last block of its prompt that an equal prompt
   could adopt) leaves one behind if a state is spare; `evict_snapshots` makes some so.
+  In a draft step so does a row that passes such a length.
 
   Args:
     ctx: The context.
     tokens: `[T]` int32, the tokens the model computed.
     metadata: Of this step.
-    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted. The next
-      step overwrites the others. Not with recurrent layers, whose states stand behind
-      the last token.
+    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted, none if
+      negative. The next step overwrites the others. With recurrent layers only in a
+      draft step, and there a row in the step keeps its first token in any case: the
+      state before it may be overwritten.
 
   Raises:
-    ValueError: `accepted` is given, and a layer is recurrent.
+    ValueError: `accepted` is given, a layer is recurrent, and the step is no draft
+      step: only the states after the rows' last tokens were kept.
   """
   tokens = arguments.as_int32("tokens", tokens, shape=(metadata.num_tokens,))
   num_new = metadata.query_lens
   if accepted is not None:
-    if ctx.state_rows is not None:
-      raise ValueError("accepted cannot be given: a recurrent state has no way back")
+    least = 0 if ctx.state_rows is None else 1
+    if least and metadata.num_logits == 1:
+      raise ValueError(
+        "accepted needs a draft step (num_logits > 1) with recurrent layers: they keep"
+        " the state after a row's last token only"
+      )
     accepted = arguments.as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
-    num_new = jnp.clip(accepted, 0, num_new)
+    num_new = jnp.minimum(jnp.maximum(accepted, least), num_new)
   index = prefix.store_tokens(ctx.prefix, metadata.slot_mapping, tokens)
   table = ctx.sequences.replace(seq_lens=ctx.sequences.seq_lens + num_new)
   rows = ctx.state_rows
   if rows is not None:
-    rows = _advance_states(ctx, rows, table.seq_lens)
+    rows = _advance_states(ctx, rows, num_new, metadata.num_logits)
   return ctx.replace(sequences=table, prefix=index, state_rows=rows)
 
 
 def tokens_to_snapshot(ctx: Context) -> Array:
   """`[S]` int32: tokens from each row's length to where its state is wanted next.
 
-  A loop ends its chunks there, since states are kept between steps only. Without
-  recurrent layers they are many.
+  A loop ends its chunks there, since states are kept between steps, and in draft steps
+  only. Without recurrent layers they are many.
   """
   seq_lens = ctx.sequences.seq_lens
   if ctx.state_rows is None:
@@ -386,15 +409,23 @@ def tokens_to_snapshot(ctx: Context) -> Array:
   return state_rows.next_wanted(ctx.state_rows, seq_lens, interval=interval) - seq_lens
 
 
-def _advance_states(ctx: Context, rows: StateRows, seq_lens: Array) -> StateRows:
+def _advance_states(
+  ctx: Context, rows: StateRows, num_new: Array, num_logits: int
+) -> StateRows:
   """Lets sequences go on from the states just written; keeps some as snapshots."""
-  config, before = ctx.config, ctx.sequences.seq_lens
-  moved = seq_lens > before
+  config, before = ctx.config, ctx.sequences.seq_lens[:, None]
+  ends = before + num_new[:, None]  # [S, W]: the lengths at which states were written
+  if num_logits > 1:
+    ends = before + jnp.arange(1, num_logits + 1, dtype=jnp.int32)[None]
+    before = ends - 1
   wanted = state_rows.next_wanted(rows, before, interval=config.snapshot_tokens)
-  column = jnp.maximum(seq_lens // config.block_size - 1, 0)
-  row = jnp.arange(config.max_seqs, dtype=jnp.int32)
-  ends = ctx.sequences.block_tables[row, column]
-  return state_rows.advance(rows, moved, moved & (seq_lens == wanted), ends)
+  stays = (ends > before) & (ends <= (ctx.sequences.seq_lens + num_new)[:, None])
+  column = jnp.clip(ends // config.block_size - 1, 0, config.max_blocks_per_seq - 1)
+  block_ids = jnp.take_along_axis(ctx.sequences.block_tables, column, axis=1)
+  stands_at = jnp.maximum(num_new - 1, 0) if num_logits > 1 else jnp.zeros_like(num_new)
+  return state_rows.advance(
+    rows, num_new > 0, stands_at, stays & (ends == wanted), block_ids
+  )
 
 
 # --- The prefix index -----------------------------------------------------------------

@@ -33,6 +33,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
       for rows not in it; with `num_logits` above 1, each row's first so many tokens.
     block_tables: `[S, P]` int32. Of the context.
     is_decode: Whether the layout is the decode layout. Static.
+    num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
+      keep the state after each of a row's tokens. Static.
   """
 
   seq_ids: Array
@@ -44,6 +46,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   logits_indices: Array
   block_tables: Array
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
+  num_logits: int = flax.struct.field(pytree_node=False, default=1)
 
   @property
   def num_tokens(self) -> int:
@@ -101,4 +104,5 @@ def build(
     logits_indices=logits_indices,
     block_tables=table.block_tables,
     is_decode=num_tokens is None,
+    num_logits=num_logits,
   )

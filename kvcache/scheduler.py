@@ -152,7 +152,7 @@ def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
   rows = ctx.state_rows
   if rows is None:
     return jnp.int32(0)
-  wants = (query_lens > 0) & (query_lens == context.tokens_to_snapshot(ctx))
+  wants = (query_lens > 0) & (query_lens >= context.tokens_to_snapshot(ctx))
   return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
 
 

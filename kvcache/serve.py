@@ -77,7 +77,8 @@ def _run_drafts(
   drafts, num_drafts = drafter(requests, batch)
   # Not beyond what the request may have; none if there are no blocks for all.
   room = jnp.maximum(batch.limits - 1 - batch.lengths, 0)
-  num_drafts = jnp.where(live, jnp.clip(num_drafts, 0, room), 0)
+  most = jnp.minimum(room, drafter.num_drafts)
+  num_drafts = jnp.where(live, jnp.clip(num_drafts, 0, most), 0)
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
@@ -227,12 +228,16 @@ def serve(
     The context and the requests after.
 
   Raises:
-    ValueError: The token budget is less than the rows, or a drafter is given for
-      recurrent layers, whose states have no way back.
+    ValueError: The token budget is less than the rows, or the drafter guesses more than
+      the `max_drafts` that recurrent layers keep states for.
   """
   sch.check_budget(ctx, scheduler)
-  if drafter is not None and ctx.state_rows is not None:
-    raise ValueError("drafter cannot be given: a recurrent state has no way back")
+  reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
+  if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:
+    raise ValueError(
+      f"drafter guesses {reach - 1} tokens, but recurrent layers keep states for"
+      f" max_drafts={ctx.config.max_drafts}"
+    )
   limit = (
     jnp.int32(2**31 - 1) if max_steps is None else jnp.asarray(max_steps, jnp.int32)
   )
@@ -252,6 +257,9 @@ def serve(
   def body(state: tuple[Context, Requests]) -> tuple[Context, Requests]:
     ctx, requests, plan = sch.schedule(*state, scheduler)
     batch = sch.running(ctx, requests)
+    if drafter is not None and ctx.state_rows is not None:
+      lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
+      ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
 
     def mixed(state: tuple[Context, Requests, Batch, Array]):
@@ -266,7 +274,7 @@ def serve(
       live = _live(ctx, batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
       lacking = ragged.sum_int(sch.needs_block(ctx, live))
-      in_want = sch.num_snapshots_lacking(ctx, live.astype(jnp.int32)) > 0
+      in_want = sch.num_snapshots_lacking(ctx, jnp.where(live, reach, 0)) > 0
       # Something can be admitted: a row or its blocks came free, or the last admission
       # ended only because it looked at a bounded number of requests.
       done = jnp.any(ctx.sequences.is_active & batch.is_finished)
