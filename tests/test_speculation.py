@@ -193,11 +193,11 @@ def test_hybrids_get_the_same_tokens_in_fewer_steps(seed):
 def test_what_cannot_be_speculated_is_refused():
   requests = CROWDED.requests([[1]], 1)
   ctx = toy.fresh(HYBRID.sizes)
-  with pytest.raises(ValueError, match="guesses 4 tokens, .* max_drafts=3"):
+  with pytest.raises(ValueError, match=r"guesses 4 tokens, .* max_drafts=3"):
     kvcache.serve(toy.model, ctx, requests, drafter=PromptLookup(num_drafts=4))
   ones = jnp.ones(6, jnp.int32)
   with pytest.raises(
-    ValueError, match="num_logits must be at most 1 \\+ max_drafts = 4"
+    ValueError, match=r"num_logits must be at most 1 \+ max_drafts = 4"
   ):
     kvcache.step_metadata(ctx, ones, num_tokens=6, num_logits=5)
   ctx = toy.fresh(CROWDED.sizes)

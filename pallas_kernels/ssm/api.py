@@ -30,8 +30,8 @@ def causal_conv1d(
     cu_seqlens: `[S + 1]` int32, first entry 0.
     bias: `[C]`, or None.
     max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
-    num_states: `E`, static. If given, rows have at most `E` tokens, and the states after
-      each of them are returned.
+    num_states: `E`, static. If given, rows have at most `E` tokens, and the states
+      after each of them are returned.
     implementation: `"xla"`, or None for the best that can serve.
 
   Returns:
@@ -104,8 +104,8 @@ def ssd(
     cu_seqlens: `[S + 1]` int32, first entry 0.
     d: `[H]` weights of the skip connection, or None.
     max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
-    num_states: `E`, static. If given, rows have at most `E` tokens, and the states after
-      each of them are returned.
+    num_states: `E`, static. If given, rows have at most `E` tokens, and the states
+      after each of them are returned.
     chunk_size: Tokens per chunk, static.
     implementation: `"xla"`, or None for the best that can serve.
 
