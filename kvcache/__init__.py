@@ -36,20 +36,13 @@ from kvcache.config import (
 )
 from kvcache.context import (
   bookkeeping_bytes,
-  commit,
   Context,
   Counters,
   evict,
   evict_snapshots,
   evict_window_blocks,
-  extend,
   init,
   publish,
-  read_state,
-  step_metadata,
-  tokens_to_snapshot,
-  write_kv,
-  write_state,
 )
 from kvcache.errors import (
   BlockOverflowError,
@@ -87,6 +80,15 @@ from kvcache.serve import serve, step
 from kvcache.speculation import Drafter, PromptLookup
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
+from kvcache.stepping import (
+  commit,
+  extend,
+  read_state,
+  step_metadata,
+  tokens_to_snapshot,
+  write_kv,
+  write_state,
+)
 from kvcache.windows import WindowBlocks
 
 __version__ = "0.1.0"

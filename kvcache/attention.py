@@ -3,8 +3,9 @@
 from jax import Array
 from jax.typing import ArrayLike
 
-from kvcache.context import Context, locate, view_of
+from kvcache.context import Context
 from kvcache.metadata import StepMetadata
+from kvcache.stepping import locate, view_of
 from pallas_kernels import paged_attention
 
 

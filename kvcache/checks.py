@@ -227,8 +227,8 @@ def _state_invariants(
   held["every state is free, live in one row, or the snapshot of one block"] = jnp.all(
     jnp.where(state == 0, times == times_live, times == 1)
   )
-  held["live rows, and they alone, own a state"] = jnp.all(
-    (rows.state_ids > 0) == table.is_active
+  held["live rows, and they alone, own states"] = jnp.all(
+    (rows.state_ids > 0) == table.is_active[:, None]
   ) & jnp.all(own == rows.state_ids)
   held["states in use have one reference"] = jnp.all(
     (pool.ref_counts == 1) == ((times_live > 0) | is_snapshot)
@@ -245,12 +245,13 @@ def _state_invariants(
   last = jnp.clip(table.block_tables[row, column], 0, config.num_blocks - 1)
   ends = (table.seq_lens > 0) & (table.seq_lens % config.block_size == 0)
   reads_snapshot = ends & (rows.source_ids == snapshots[last]) & (rows.source_ids > 0)
-  reads_own = (table.seq_lens > 0) & (rows.source_ids == rows.state_ids)
+  is_own = jnp.any(rows.source_ids[:, None] == rows.state_ids, axis=1)
+  reads_own = (table.seq_lens > 0) & is_own
   reads_zeros = (table.seq_lens == 0) & (rows.source_ids == 0)
-  held["rows read their own state, their last block's snapshot, or zeros"] = jnp.all(
-    reads_snapshot | reads_own | reads_zeros
+  held["rows read a state of their own, their last block's snapshot, or zeros"] = (
+    jnp.all(reads_snapshot | reads_own | reads_zeros)
   )
-  held["every inactive row has a state to come"] = rows.num_spare >= 0
+  held["every inactive row has states to come"] = rows.num_spare >= 0
   held["the null state is zero"] = jnp.all(
     jnp.stack([jnp.all(x[:, 0] == 0) for x in jax.tree.leaves(ctx.states)])
   )

@@ -206,6 +206,9 @@ class CacheConfig:
     num_window_blocks: `Nw`, blocks in the pool of each sliding window. If None, twice
       what the windows of `max_seqs` rows can lie in, so that as much can stay cached,
       and never more than `num_blocks`.
+    max_drafts: Drafts per step that recurrent layers keep states for: each sequence
+      owns `1 + max_drafts` states, one for each length at which a draft step may end.
+      Attention layers need none, so without recurrent ones it says nothing.
   """
 
   layers: tuple[Layer, ...]
@@ -219,6 +222,7 @@ class CacheConfig:
   num_snapshots: int | None = None
   snapshot_interval: int = 16
   num_window_blocks: int | None = None
+  max_drafts: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))
@@ -249,6 +253,10 @@ class CacheConfig:
       )
     elif self.num_snapshots and not self.num_recurrent_layers:
       raise ValueError("num_snapshots is given, but no layer is recurrent")
+    if not isinstance(self.max_drafts, int) or self.max_drafts < 0:
+      raise ValueError(
+        f"max_drafts must be a non-negative int, got {self.max_drafts!r}"
+      )
     if not isinstance(self.num_blocks, int) or self.num_blocks < 2:
       raise ValueError(
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"
@@ -406,10 +414,10 @@ class CacheConfig:
 
   @property
   def num_states(self) -> int:
-    """`M`, rows of the state pool: the null row, one per sequence, and snapshots."""
+    """`M`, rows of the state pool: the null row, those of sequences, snapshots."""
     if not self.num_recurrent_layers:
       return 0
-    return 1 + self.max_seqs + (self.num_snapshots or 0)
+    return 1 + self.max_seqs * (1 + self.max_drafts) + (self.num_snapshots or 0)
 
   @property
   def snapshot_tokens(self) -> int:
@@ -498,14 +506,16 @@ def _state_sizes(
   if not per_state:
     raise ValueError("state_fraction is given, but no layer is recurrent")
   num_states = int(num_bytes * fraction // per_state)
-  max_seqs = sizes.get("max_seqs", num_states // 2)
-  if num_states < 1 + max_seqs or max_seqs < 1:
+  per_seq = 1 + sizes.get("max_drafts", 0)
+  max_seqs = sizes.get("max_seqs", num_states // (1 + per_seq))
+  num_snapshots = num_states - 1 - max_seqs * per_seq
+  if num_snapshots < 0 or max_seqs < 1:
     raise ValueError(
       f"{fraction} of num_bytes={num_bytes:.0f} holds {num_states} states of"
       f" {per_state} bytes each: too few for the null state and {max(max_seqs, 1)}"
       " sequences"
     )
-  return {"max_seqs": max_seqs, "num_snapshots": num_states - 1 - max_seqs}
+  return {"max_seqs": max_seqs, "num_snapshots": num_snapshots}
 
 
 def _check_positive(config: object, *names: str) -> None:

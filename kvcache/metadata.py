@@ -49,6 +49,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     block_tables: `[S, P]` int32. Of the context.
     windows: For each of `config.windows`, where the tokens stand in its pool.
     is_decode: Whether the layout is the decode layout. Static.
+    num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
+      keep the state after each of a row's tokens. Static.
   """
 
   seq_ids: Array
@@ -61,6 +63,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   block_tables: Array
   windows: tuple[WindowView, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
+  num_logits: int = flax.struct.field(pytree_node=False, default=1)
 
   @property
   def num_tokens(self) -> int:
@@ -78,13 +81,13 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
 
 def build(
   table: SequenceTable,
-  windows: Sequence[WindowBlocks],
   query_lens: Array,
   *,
   num_tokens: int | None,
   num_blocks: int,
   block_size: int,
   num_logits: int = 1,
+  windows: Sequence[WindowBlocks] = (),
 ) -> StepMetadata:
   """Builds the view; see `kvcache.step_metadata`."""
   room = table.num_blocks * block_size - table.seq_lens
@@ -130,4 +133,5 @@ def build(
       for window in windows
     ),
     is_decode=num_tokens is None,
+    num_logits=num_logits,
   )

@@ -5,7 +5,9 @@
     y, ssm = recurrent.ssd(x, dt, a, b, c, state["ssm"], metadata)
     ctx = kvcache.write_state(ctx, layer, {"conv": conv, "ssm": ssm}, metadata)
 
-States are float32, whatever the activations are.
+States are float32, whatever the activations are. In a draft step (`num_logits > 1`) the
+states returned are `[S, num_logits, ...]`: entry `i` stands after the row's token `i`,
+or after its last one.
 """
 
 from jax import Array
@@ -35,7 +37,8 @@ def causal_conv1d(
       best that can serve.
 
   Returns:
-    `(y [T, C], state [S, C, W - 1])`, the latter for `write_state`.
+    `(y [T, C], state [S, C, W - 1])`, the latter for `write_state`; `[S, num_logits, C,
+    W - 1]` in a draft step.
 
   Raises:
     ValueError: Shapes do not fit each other or the step.
@@ -49,6 +52,7 @@ def causal_conv1d(
     metadata.cu_seqlens,
     bias=bias,
     max_query_len=1 if metadata.is_decode else None,
+    num_states=_num_states(metadata),
     implementation=implementation,
   )
 
@@ -80,7 +84,8 @@ def ssd(
       best that can serve.
 
   Returns:
-    `(y [T, H, P], state [S, H, P, N])`, the latter for `write_state`.
+    `(y [T, H, P], state [S, H, P, N])`, the latter for `write_state`; `[S, num_logits,
+    H, P, N]` in a draft step.
 
   Raises:
     ValueError: Shapes do not fit each other or the step.
@@ -97,8 +102,13 @@ def ssd(
     metadata.cu_seqlens,
     d=d,
     max_query_len=1 if metadata.is_decode else None,
+    num_states=_num_states(metadata),
     implementation=implementation,
   )
+
+
+def _num_states(metadata: StepMetadata) -> int | None:
+  return metadata.num_logits if metadata.num_logits > 1 else None
 
 
 def _check_tokens(x: Array, metadata: StepMetadata) -> None:

@@ -13,7 +13,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, lifecycle, ragged, windows
+from kvcache import context, lifecycle, ragged, stepping, windows
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import (
@@ -150,12 +150,21 @@ def needs_block(ctx: Context, mask: Array) -> Array:
   return mask & (table.seq_lens == table.num_blocks * ctx.config.block_size)
 
 
-def all_can_decode(ctx: Context, mask: Array) -> Array:
-  """`[]` bool: whether every row in `mask` can store one more token as things are."""
+def all_can_decode(ctx: Context, mask: Array, *, recycles: bool = True) -> Array:
+  """`[]` bool: whether every row in `mask` can store one more token as things are.
+
+  Args:
+    ctx: The context.
+    mask: `[S]` bool.
+    recycles: Whether rows may write over what is behind their windows, as they do in
+      the decode shape.
+  """
   needs = needs_block(ctx, mask)
   result = ragged.sum_int(needs) <= ctx.pool.num_free
   for window in ctx.windows:
-    takes = needs & ~windows.can_recycle(window, ctx.sequences.seq_lens)
+    takes = needs
+    if recycles:
+      takes &= ~windows.can_recycle(window, ctx.sequences.seq_lens)
     result &= ragged.sum_int(takes) <= window.pool.num_free
   return result
 
@@ -165,7 +174,7 @@ def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
   rows = ctx.state_rows
   if rows is None:
     return jnp.int32(0)
-  wants = (query_lens > 0) & (query_lens == context.tokens_to_snapshot(ctx))
+  wants = (query_lens > 0) & (query_lens >= stepping.tokens_to_snapshot(ctx))
   return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
 
 
@@ -383,7 +392,7 @@ def _share_budget(
   rows = jnp.zeros_like(by_order).at[place].set(by_order)
 
   # A chunk ends where a snapshot is wanted: states are kept between steps only.
-  wanted = jnp.minimum(left, context.tokens_to_snapshot(ctx))[rows]
+  wanted = jnp.minimum(left, stepping.tokens_to_snapshot(ctx))[rows]
   before = jnp.cumsum(wanted) - wanted
   query_lens = jnp.clip(scheduler.token_budget - before, 0, wanted)
   size = config.block_size
@@ -393,15 +402,9 @@ def _share_budget(
   watermark = min(watermark, config.num_blocks - 1)
   num_needed = jnp.sum(need, dtype=jnp.int32)
   target = jnp.maximum(num_needed, watermark)
-  ctx, _ = context.evict(ctx, jnp.maximum(target - ctx.pool.num_free, 0))
-  free = ctx.pool.num_free
-  if ctx.windows:
-    free_each = jnp.array([window.pool.num_free for window in ctx.windows])
-    ctx, _ = context.evict_window_blocks(ctx, jnp.maximum(target - free_each, 0))
-    for window in ctx.windows:
-      free = jnp.minimum(free, window.pool.num_free)
+  ctx = context.make_room(ctx, target)
   # A chunk shrinks to the blocks that are left; later ones wait.
-  free_here = jnp.maximum(free - (jnp.cumsum(need) - need), 0)
+  free_here = jnp.maximum(context.num_free(ctx) - (jnp.cumsum(need) - need), 0)
   room = (num_blocks + free_here) * size - seq_lens
   query_lens = jnp.clip(query_lens, 0, room)
   query_lens = jnp.zeros_like(query_lens).at[rows].set(query_lens)

@@ -13,7 +13,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, sampling
+from kvcache import context, ragged, sampling, stepping
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.context import Context
@@ -50,12 +50,12 @@ def _run_model(
   order: Array | None = None,
 ) -> tuple[Context, Requests, Batch]:
   """One step: make room, compute, store, sample."""
-  ctx, status = context.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
+  ctx, status = stepping.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
   query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = context.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  metadata = stepping.step_metadata(ctx, query_lens, num_tokens=num_tokens)
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
-  ctx = context.commit(ctx, tokens, metadata)
+  ctx = stepping.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
 
@@ -82,12 +82,12 @@ def _run_drafts(
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
-  num_drafts = jnp.where(needed <= ctx.pool.num_free, num_drafts, 0)
+  num_drafts = jnp.where(needed <= context.num_free(ctx), num_drafts, 0)
 
   query_lens = jnp.where(live, 1 + num_drafts, 0)
-  ctx, status = context.extend(ctx, query_lens, num_tokens=S * num_each)
+  ctx, status = stepping.extend(ctx, query_lens, num_tokens=S * num_each)
   query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = context.step_metadata(
+  metadata = stepping.step_metadata(
     ctx, query_lens, num_tokens=S * num_each, num_logits=num_each
   )
   rows = metadata.seq_ids
@@ -113,7 +113,7 @@ def _run_drafts(
     one = None if logprobs is None else logprobs[:, i]
     requests, batch = rq.append(requests, batch, sampled[:, i], mask, logprobs=one)
   num_new = batch.lengths - before
-  ctx = context.commit(ctx, tokens, metadata, accepted=num_new)
+  ctx = stepping.commit(ctx, tokens, metadata, accepted=num_new)
   num_accepted = jnp.sum(jnp.maximum(num_new - 1, 0), dtype=jnp.int32)
   return (
     ctx,
@@ -228,12 +228,16 @@ def serve(
     The context and the requests after.
 
   Raises:
-    ValueError: The token budget is less than the rows, or a drafter is given for
-      recurrent layers, whose states have no way back.
+    ValueError: The token budget is less than the rows, or the drafter guesses more than
+      the `max_drafts` that recurrent layers keep states for.
   """
   sch.check_budget(ctx, scheduler)
-  if drafter is not None and ctx.state_rows is not None:
-    raise ValueError("drafter cannot be given: a recurrent state has no way back")
+  reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
+  if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:
+    raise ValueError(
+      f"drafter guesses {reach - 1} tokens, but recurrent layers keep states for"
+      f" max_drafts={ctx.config.max_drafts}"
+    )
   limit = (
     jnp.int32(2**31 - 1) if max_steps is None else jnp.asarray(max_steps, jnp.int32)
   )
@@ -253,6 +257,9 @@ def serve(
   def body(state: tuple[Context, Requests]) -> tuple[Context, Requests]:
     ctx, requests, plan = sch.schedule(*state, scheduler)
     batch = sch.running(ctx, requests)
+    if drafter is not None and ctx.state_rows is not None:
+      lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
+      ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
 
     def mixed(state: tuple[Context, Requests, Batch, Array]):
@@ -266,8 +273,8 @@ def serve(
       ctx, requests, batch, num_run = state
       live = _live(ctx, batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
-      has_room = sch.all_can_decode(ctx, live)
-      in_want = sch.num_snapshots_lacking(ctx, live.astype(jnp.int32)) > 0
+      has_room = sch.all_can_decode(ctx, live, recycles=drafter is None)
+      in_want = sch.num_snapshots_lacking(ctx, jnp.where(live, reach, 0)) > 0
       # Something can be admitted: a row or its blocks came free, or the last admission
       # ended only because it looked at a bounded number of requests.
       done = jnp.any(ctx.sequences.is_active & batch.is_finished)

@@ -10,9 +10,12 @@ wanted, the row just written stays as it is, belongs to the block from then on, 
 still read once; the sequence gets another one to write. A prefix hit reads the snapshot
 in the same way, and a new sequence reads `NULL_STATE`, which is zero.
 
-Each sequence has a row of its own for as long as it lives, and inactive ones are
-counted as if they had one: only what is left beyond can become a snapshot. So `admit`
+Each sequence has rows of its own for as long as it lives, and inactive ones are
+counted as if they had them: only what is left beyond can become a snapshot. So `admit`
 and `fork` never lack a state.
+
+A draft step may keep any number of its tokens. It writes the state after each of them
+to a row of its own, and accepting some is choosing the row to be read next.
 """
 
 import flax.struct
@@ -29,12 +32,14 @@ _LATE = 2**31 - 1
 class StateRows(flax.struct.PyTreeNode, kw_only=True):
   """Bookkeeping of `M` states for `S` sequences and `N` blocks.
 
+  `W = 1 + max_drafts` states belong to each sequence.
+
   Attributes:
     pool: The allocator of state rows. Live rows and snapshots have one reference.
-    state_ids: `[S]` int32. The state that each sequence writes, `NULL_STATE` if it is
-      inactive.
+    state_ids: `[S, W]` int32. The states that each sequence writes, `NULL_STATE` if it
+      is inactive: the first one, or in a draft step one after each token.
     source_ids: `[S]` int32. The state that it reads, which stands at its `seq_lens`:
-      its own, a snapshot of a block it holds, or `NULL_STATE` at length 0.
+      one of its own, a snapshot of a block it holds, or `NULL_STATE` at length 0.
     wanted_lens: `[S]` int32. Length at which a snapshot is wanted besides the regular
       ones.
     snapshot_ids: `[N]` int32. The snapshot at each block's end, or `NULL_STATE`.
@@ -63,7 +68,9 @@ class StateRows(flax.struct.PyTreeNode, kw_only=True):
     return self.pool.num_free - ragged.sum_int(self.state_ids == NULL_STATE)
 
 
-def init(*, num_states: int, num_blocks: int, max_seqs: int) -> StateRows:
+def init(
+  *, num_states: int, num_blocks: int, max_seqs: int, max_drafts: int = 0
+) -> StateRows:
   """Makes bookkeeping in which every state is free."""
 
   def zeros(*shape: int) -> Array:
@@ -71,7 +78,7 @@ def init(*, num_states: int, num_blocks: int, max_seqs: int) -> StateRows:
 
   return StateRows(
     pool=blocks.init(num_states),
-    state_ids=zeros(max_seqs),
+    state_ids=zeros(max_seqs, 1 + max_drafts),
     source_ids=zeros(max_seqs),
     wanted_lens=zeros(max_seqs),
     snapshot_ids=zeros(num_blocks),
@@ -82,9 +89,16 @@ def init(*, num_states: int, num_blocks: int, max_seqs: int) -> StateRows:
 
 
 def next_wanted(rows: StateRows, seq_lens: Array, *, interval: int) -> Array:
-  """`[S]` int32: the length above `seq_lens` at which a snapshot is wanted next."""
+  """The length above each of `seq_lens` at which a snapshot is wanted next.
+
+  Args:
+    rows: The bookkeeping.
+    seq_lens: `[S]` or `[S, W]` int32.
+    interval: Tokens from one regular snapshot to the next.
+  """
+  wanted_lens = rows.wanted_lens.reshape(-1, *(1,) * (seq_lens.ndim - 1))
   regular = (seq_lens // interval + 1) * interval
-  extra = jnp.where(rows.wanted_lens > seq_lens, rows.wanted_lens, _LATE)
+  extra = jnp.where(wanted_lens > seq_lens, wanted_lens, _LATE)
   return jnp.minimum(regular, extra)
 
 
@@ -101,7 +115,7 @@ def start(
   last_blocks: Array,
   wanted_lens: Array,
 ) -> StateRows:
-  """Gives new sequences a state each; they read the snapshot of their last block.
+  """Gives new sequences their states; they read the snapshot of their last block.
 
   Args:
     rows: The bookkeeping.
@@ -110,7 +124,7 @@ def start(
     last_blocks: `[A]` int32, `NULL_BLOCK` to start from nothing.
     wanted_lens: `[A]` int32.
   """
-  pool, state_ids = blocks.allocate_one_each(rows.pool, mask)
+  pool, state_ids = _allocate(rows, mask)
   source_ids, snapshot_ids = ragged.read(rows.snapshot_ids, last_blocks)
   to = ragged.masked(seq_ids, mask, rows.state_ids.shape[0])
   rows = rows.replace(
@@ -126,7 +140,7 @@ def start(
 def fork(
   rows: StateRows, source: Array, target: Array, mask: Array
 ) -> tuple[StateRows, tuple[Array, Array]]:
-  """Gives each fork a state of its own.
+  """Gives each fork states of its own, and a copy of the one its source reads.
 
   Args:
     rows: The bookkeeping.
@@ -148,7 +162,7 @@ def fork(
 def adopt(
   rows: StateRows, seq_ids: Array, mask: Array, has_state: Array
 ) -> tuple[StateRows, Array]:
-  """Gives new sequences a state that the caller brings along.
+  """Gives new sequences their states, and one that the caller brings along.
 
   Args:
     rows: The bookkeeping.
@@ -159,36 +173,45 @@ def adopt(
   Returns:
     The bookkeeping after, and `[F]` int32: where to write the states, `M` to drop.
   """
-  pool, own = blocks.allocate_one_each(rows.pool, mask)
+  pool, state_ids = _allocate(rows, mask)
+  own = state_ids[:, 0]
   to = ragged.masked(seq_ids, mask, rows.state_ids.shape[0])
   source_ids = jnp.where(has_state, own, NULL_STATE)
   rows = rows.replace(
     pool=pool,
-    state_ids=rows.state_ids.at[to].set(own, mode="drop"),
+    state_ids=rows.state_ids.at[to].set(state_ids, mode="drop"),
     source_ids=rows.source_ids.at[to].set(source_ids, mode="drop"),
     wanted_lens=rows.wanted_lens.at[to].set(0, mode="drop"),
   )
   return rows, ragged.masked(own, mask & has_state, rows.num_states)
 
 
-def advance(rows: StateRows, moved: Array, wants: Array, block_ids: Array) -> StateRows:
+def advance(
+  rows: StateRows, moved: Array, stands_at: Array, wants: Array, block_ids: Array
+) -> StateRows:
   """Follows a step: sequences have written their states, some become snapshots.
 
   Args:
     rows: The bookkeeping.
     moved: `[S]` bool. Sequences that were in the step.
-    wants: `[S]` bool. Those of them that stand where a snapshot is wanted.
-    block_ids: `[S]` int32. The block that ends there, full and held by no other.
+    stands_at: `[S]` int32. Which of the states written each of them goes on from.
+    wants: `[S, E]` bool. Which of the first `E` states written stand where a snapshot
+      is wanted.
+    block_ids: `[S, E]` int32. The blocks that end there, full and held by no other.
   """
+  width = wants.shape[1]
+  written, wants = rows.state_ids[:, :width].reshape(-1), wants.reshape(-1)
+  block_ids = block_ids.reshape(-1)
   granted = wants & (ragged.ranks(wants) < rows.num_spare)
-  written = rows.state_ids
   pool, fresh = blocks.allocate_one_each(rows.pool, granted)
   block = ragged.masked(block_ids, granted, rows.snapshot_ids.shape[0])
   state = ragged.masked(written, granted, rows.num_states)
+  own = jnp.where(granted, fresh, written).reshape(-1, width)
+  read = jnp.take_along_axis(rows.state_ids, stands_at[:, None], axis=1)[:, 0]
   rows = rows.replace(
     pool=pool,
-    state_ids=jnp.where(granted, fresh, written),
-    source_ids=jnp.where(moved, written, rows.source_ids),
+    state_ids=jnp.concatenate([own, rows.state_ids[:, width:]], axis=1),
+    source_ids=jnp.where(moved, read, rows.source_ids),
     snapshot_ids=rows.snapshot_ids.at[block].set(written, mode="drop"),
     block_ids=rows.block_ids.at[state].set(block_ids, mode="drop"),
   )
@@ -197,10 +220,10 @@ def advance(rows: StateRows, moved: Array, wants: Array, block_ids: Array) -> St
 
 def clear(rows: StateRows, mask: Array) -> StateRows:
   """Takes the states of sequences that end; snapshots stay."""
-  own = jnp.where(mask, rows.state_ids, NULL_STATE)
+  own = jnp.where(mask[:, None], rows.state_ids, NULL_STATE)
   return rows.replace(
-    pool=_free(rows.pool, own),
-    state_ids=jnp.where(mask, NULL_STATE, rows.state_ids),
+    pool=_free(rows.pool, own.reshape(-1)),
+    state_ids=jnp.where(mask[:, None], NULL_STATE, rows.state_ids),
     source_ids=jnp.where(mask, NULL_STATE, rows.source_ids),
     wanted_lens=jnp.where(mask, 0, rows.wanted_lens),
   )
@@ -295,6 +318,13 @@ def _use(rows: StateRows, state_ids: Array, mask: Array) -> StateRows:
     last_used=rows.last_used.at[state].max(now, mode="drop"),
     clock=rows.clock + ragged.sum_int(mask),
   )
+
+
+def _allocate(rows: StateRows, mask: Array) -> tuple[BlockPool, Array]:
+  """`W` states for each entry of `mask [F]`: `(pool, state_ids [F, W])`."""
+  width = rows.state_ids.shape[1]
+  pool, ids = blocks.allocate_one_each(rows.pool, jnp.repeat(mask, width))
+  return pool, ids.reshape(-1, width)
 
 
 def _free(pool: BlockPool, state_ids: Array) -> BlockPool:

@@ -62,8 +62,8 @@ def write(
   Args:
     store: The store.
     layer: `[]` int32.
-    state: Name -> `[S, ...]`.
-    state_ids: `[S]` int32, distinct or dropped.
+    state: Name -> `[S, ...]` or `[S, W, ...]`.
+    state_ids: `[S]` or `[S, W]` int32, distinct or dropped.
   """
   first = jnp.asarray(layer, jnp.int32) * store.num_states
   end = store.num_layers * store.num_states

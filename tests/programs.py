@@ -37,6 +37,12 @@ def layered_model(
       if config.num_recurrent_layers:
         state = kvcache.read_state(ctx, index, metadata)
         state = jax.tree.map(lambda x: 0.5 * x + 1.0, state)
+        if metadata.num_logits > 1:
+          each = (metadata.num_logits,)
+          state = {
+            name: jnp.broadcast_to(x[:, None], (*x.shape[:1], *each, *x.shape[1:]))
+            for name, x in state.items()
+          }
         ctx = kvcache.write_state(ctx, index, state, metadata)
       ctx = kvcache.write_kv(ctx, index, x, 0.5 * x, metadata)
       return (x + kvcache.attend(ctx, index, x, metadata), ctx), None

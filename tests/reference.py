@@ -365,11 +365,12 @@ class ReferenceCache:
       effective.append(query_len)
     return queries, effective
 
-  def commit(self, queries, tokens, effective, *, accepted=None):
+  def commit(self, queries, tokens, effective, *, accepted=None, is_draft=False):
     """Stores the accepted ones of the packed tokens."""
     if accepted is None:
       accepted = effective
-    limits = [min(max(a, 0), q) for a, q in zip(accepted, effective, strict=True)]
+    least = int(self.num_snapshots is not None)  # what recurrent layers cannot undo
+    limits = [min(max(a, least), q) for a, q in zip(accepted, effective, strict=True)]
     ends = [len(row.tokens) + n for row, n in zip(self.rows, limits, strict=True)]
     before = [len(row.tokens) for row in self.rows]
     for query in queries:
@@ -378,22 +379,28 @@ class ReferenceCache:
     if self.num_snapshots is not None:
       for row, old_len in zip(self.rows, before, strict=True):
         if len(row.tokens) > old_len:
-          self._advance_state(row, old_len)
+          row.reads = None  # but its own state
+          lens = [old_len, len(row.tokens)]
+          if is_draft:  # a state stands after each token
+            lens = list(range(old_len, len(row.tokens) + 1))
+          for before, after in itertools.pairwise(lens):
+            if self._next_wanted(row, before) == after:
+              self._take_snapshot(row, after)
 
-  def _advance_state(self, row, old_len):
-    """After a step a row reads its own state, or leaves it behind as a snapshot."""
-    row.reads = None
-    wanted = self._next_wanted(row, old_len)
-    if len(row.tokens) != wanted:
-      return
+  def _take_snapshot(self, row, length):
+    """Keeps a state that was just written, which the row may stand at."""
     if len(self.snapshots) == self.num_snapshots:
       self.seen["no state for a snapshot"] += 1
       return
-    block = row.blocks[wanted // self.block_size - 1]
+    block = row.blocks[length // self.block_size - 1]
     assert block.refs == 1 and block.prefix is None and block.snapshot is None
-    row.reads = block.snapshot = Snapshot()
-    self.snapshots.append(row.reads)
+    block.snapshot = Snapshot()
+    self.snapshots.append(block.snapshot)
     self.seen["snapshot"] += 1
+    if length == len(row.tokens):
+      row.reads = block.snapshot
+    else:
+      self.seen["snapshot passed in a draft step"] += 1
 
   def _next_wanted(self, row, length):
     regular = (length // self.snapshot_tokens + 1) * self.snapshot_tokens

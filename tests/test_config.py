@@ -187,3 +187,16 @@ def test_from_memory_needs_the_null_block_and_one_more(num_bytes):
 def test_from_memory_computes_num_blocks():
   with pytest.raises(ValueError, match="num_blocks"):
     CacheConfig.from_memory(10**6, num_blocks=5, **SIZES)
+
+
+def test_a_sequence_owns_a_state_for_each_length_that_a_draft_step_may_end_at():
+  state = RecurrentLayer(state={"sum": (3,)})  # 12 bytes
+  config = make(layers=[LAYER, state], max_seqs=4, num_snapshots=5, max_drafts=2)
+  assert config.num_states == 1 + 4 * 3 + 5
+  assert make(layers=[LAYER], max_drafts=2).num_states == 0
+  options = {"layers": [LAYER, state], "state_fraction": 0.5, "block_size": 1}
+  config = CacheConfig.from_memory(12 * 2 * 41, max_drafts=2, **options)
+  assert (config.max_seqs, config.num_snapshots) == (10, 10)
+  assert config.num_states == 41
+  with pytest.raises(ValueError, match="max_drafts must be a non-negative int, got -1"):
+    make(max_drafts=-1)

@@ -94,6 +94,24 @@ def test_rows_side_by_side_are_served_as_alone():
   kvcache.check_invariants(ctx)
 
 
+def test_speculation_changes_no_token():
+  """Drafts that were right and wrong, in texts that repeat themselves."""
+  prompts, slices = [run["prompt"] for run in RUNS], []
+  ctx, out = kvcache.generate(
+    function(),
+    context(max_drafts=3, num_snapshots=16),
+    prompts * 2,
+    max_new_tokens=12,
+    scheduler=kvcache.SchedulerConfig(token_budget=16),
+    drafter=kvcache.PromptLookup(num_drafts=3, ngram=1),
+    on_slice=slices.append,
+  )
+  for completion, run in zip(out, RUNS * 2, strict=True):
+    assert completion.tokens == run["tokens"]
+  assert slices[-1].num_drafts > slices[-1].num_accepted > 0
+  kvcache.check_invariants(ctx)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [

@@ -27,7 +27,7 @@ FLOORS = (
   {"metadata"},
   {"publishing", "releasing"},
   {"context"},
-  {"lifecycle"},
+  {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
   {"scheduler", "speculation"},

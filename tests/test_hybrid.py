@@ -242,7 +242,7 @@ def test_misuse_is_refused():
   with pytest.raises(ValueError, match="state must have shapes"):
     kvcache.write_state(ctx, 0, {"total": jnp.zeros(3)}, metadata)
   tokens = jnp.zeros(3, jnp.int32)
-  with pytest.raises(ValueError, match="accepted cannot be given"):
+  with pytest.raises(ValueError, match="accepted needs a draft step"):
     kvcache.commit(ctx, tokens, metadata, accepted=tokens)
   plain = fresh(CROWDED.sizes)
   with pytest.raises(ValueError, match="no recurrent layer"):

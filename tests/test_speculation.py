@@ -163,15 +163,44 @@ def test_bad_drafters_are_named(fields):
     PromptLookup(**fields)
 
 
+# Recurrent layers: a state after each draft.
+
+HYBRID = dataclasses.replace(
+  CROWDED,
+  sizes=toy.config(
+    is_hybrid=True,
+    num_blocks=33,
+    block_size=4,
+    max_seqs=6,
+    max_seq_len=64,
+    num_snapshots=8,
+    snapshot_interval=2,
+    max_drafts=3,
+  ),
+)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hybrids_get_the_same_tokens_in_fewer_steps(seed):
+  rng, num = np.random.default_rng(seed), HYBRID.num
+  prompts = random_prompts(rng, num, longest=24)
+  requests = check(HYBRID, prompts, rng.integers(1, 30, num), **mixture(seed, num))
+  assert 0 < requests.num_accepted < requests.num_drafts
+  assert int(requests.num_preemptions.sum()) > 0
+  assert int(requests.num_cached.sum()) > 0
+
+
 def test_what_cannot_be_speculated_is_refused():
-  sizes = toy.config(
-    is_hybrid=True, num_blocks=25, block_size=4, max_seqs=6, max_seq_len=64
-  )
   requests = CROWDED.requests([[1]], 1)
-  with pytest.raises(ValueError, match="drafter cannot be given"):
-    kvcache.serve(toy.model, toy.fresh(sizes), requests, drafter=PromptLookup())
-  ctx = toy.fresh(CROWDED.sizes)
+  ctx = toy.fresh(HYBRID.sizes)
+  with pytest.raises(ValueError, match=r"guesses 4 tokens, .* max_drafts=3"):
+    kvcache.serve(toy.model, ctx, requests, drafter=PromptLookup(num_drafts=4))
   ones = jnp.ones(6, jnp.int32)
+  with pytest.raises(
+    ValueError, match=r"num_logits must be at most 1 \+ max_drafts = 4"
+  ):
+    kvcache.step_metadata(ctx, ones, num_tokens=6, num_logits=5)
+  ctx = toy.fresh(CROWDED.sizes)
   for options in ({"num_logits": 2}, {"num_logits": 0, "num_tokens": 6}):
     with pytest.raises(ValueError, match="num_logits must be 1 in a decode step"):
       kvcache.step_metadata(ctx, ones, **options)

@@ -16,8 +16,8 @@ LENS = [1, 9, 0, 23, 1, 2, 0, 64]
 NUM_TOKENS = 128  # 28 more than there are tokens
 CHUNK = 8
 
-conv = jax.jit(ssm.causal_conv1d, static_argnames="max_query_len")
-ssd = jax.jit(ssm.ssd, static_argnames=("max_query_len", "chunk_size"))
+conv = jax.jit(ssm.causal_conv1d, static_argnames=("max_query_len", "num_states"))
+ssd = jax.jit(ssm.ssd, static_argnames=("max_query_len", "num_states", "chunk_size"))
 
 
 def starts(lens):
@@ -141,6 +141,37 @@ def test_bits_do_not_depend_on_neighbours():
   np.testing.assert_array_equal(state[0], together[3][row])
 
 
+def test_the_state_after_each_token_is_that_of_a_decode_step():
+  """And so is what the tokens yield, but for how compiled programs round."""
+  lens = [1, 4, 0, 3, 2, 4]
+  inputs = draw(lens, num_tokens=16)
+  u, after, y, state = run(inputs, starts(lens), num_states=4)
+  begin = starts(lens)
+  conv_state, ssm_state = inputs["conv"], inputs["ssm"]
+  for i in range(4):
+    rows = [s for s, n in enumerate(lens) if i < n]
+    at = begin[:-1] + i
+    one = {
+      name: x[np.minimum(at, 15)] if name in ("u", "x", "dt", "b", "c") else x
+      for name, x in inputs.items()
+    }
+    u1, conv1, y1, ssm1 = run(
+      one,
+      starts([1] * len(lens)),
+      conv_state=conv_state,
+      ssm_state=ssm_state,
+      max_query_len=1,
+    )
+    is_in = np.isin(np.arange(len(lens)), rows)
+    conv_state = np.where(is_in[:, None, None], conv1, conv_state)
+    ssm_state = np.where(is_in[:, None, None, None], ssm1, ssm_state)
+    got = (u[at[rows]], y[at[rows]], after[:, i], state[:, i])
+    want = (u1[np.array(rows)], y1[np.array(rows)], conv_state, ssm_state)
+    for left, right in zip(got, want, strict=True):
+      np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+  assert_close((u, after[:, -1], y, state[:, -1]), expect(inputs, lens))
+
+
 def test_a_decoding_row_is_the_same_beside_prompts():
   """But for how the two compiled programs round."""
   inputs = draw(LENS, num_tokens=NUM_TOKENS)
@@ -235,6 +266,11 @@ def test_misshapen_convolutions_are_refused(change, message):
   arrays = {name: jnp.zeros(shape) for name, shape in (shapes | change).items()}
   with pytest.raises(ValueError, match=message):
     ssm.causal_conv1d(**arrays, cu_seqlens=jnp.zeros(2, jnp.int32))
+
+
+def test_no_states_are_refused():
+  with pytest.raises(ValueError, match="num_states must be at least 1, got 0"):
+    run(draw([1], num_tokens=4), starts([1]), num_states=0)
 
 
 def test_unknown_implementations_are_refused():

@@ -190,9 +190,13 @@ def _sums_by_state(tokens, metadata, ctx):
   words = jnp.where(metadata.is_padding, np.uint32(0), words)
   running = jnp.concatenate([jnp.zeros(1, jnp.uint32), jnp.cumsum(words)])
   starts = running[metadata.cu_seqlens]  # [S + 1]
-  state = {"sum": before + starts[1:] - starts[:-1]}
+  state = before + starts[1:] - starts[:-1]
+  if metadata.num_logits > 1:  # after each token
+    entry = jnp.arange(1, metadata.num_logits + 1, dtype=jnp.int32)[None]
+    ends = running[jnp.minimum(metadata.cu_seqlens[:-1, None] + entry, tokens.size)]
+    state = (before - starts[:-1])[:, None] + ends
   sums = (before - starts[:-1])[metadata.seq_ids] + running[1:]
-  return sums, kvcache.write_state(ctx, 0, state, metadata)
+  return sums, kvcache.write_state(ctx, 0, {"sum": state}, metadata)
 
 
 @dataclasses.dataclass(frozen=True)

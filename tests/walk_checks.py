@@ -143,7 +143,7 @@ def _check_states(host):
     return
   M, is_active = rows.block_ids.size, host.sequences.is_active
   free = rows.pool.free_list[: rows.pool.num_free].tolist()
-  live = rows.state_ids[is_active].tolist()
+  live = rows.state_ids[is_active].ravel().tolist()
   snapshots = np.flatnonzero(rows.block_ids).tolist()
   assert sorted(free + live + snapshots) == list(range(1, M)), "states do not add up"
   held = np.zeros(M, int)
@@ -227,8 +227,8 @@ def _check_oracle_states(host, oracle, twins):
     source = int(rows.source_ids[s])
     assert snapshots.get(source) is row.reads, f"what row {s} reads"
     if row.reads is None:
-      own = int(rows.state_ids[s]) if row.tokens else 0
-      assert source == own, f"row {s} reads {source}, not {own}"
+      own = rows.state_ids[s].tolist() if row.tokens else [0]
+      assert source in own, f"row {s} reads {source}, none of {own}"
 
 
 def follow(oracle: ReferenceCache, host: Context) -> None:
@@ -276,8 +276,14 @@ def check_metadata(metadata, queries, effective, is_decode, before) -> None:
   starts = np.ones_like(effective) if is_decode else effective
   cu_seqlens = [0, *np.cumsum(starts)]
   np.testing.assert_array_equal(metadata.cu_seqlens, cu_seqlens, "cu_seqlens")
+  num_logits = metadata.num_logits
   for s, index in last.items():
-    assert metadata.logits_indices[s] == index, "logits_indices"
+    wanted = [index]
+    if num_logits > 1:
+      first = index + 1 - effective[s]
+      wanted = [min(first + i, num_tokens - 1) for i in range(num_logits)]
+    got = metadata.logits_indices[s * num_logits : (s + 1) * num_logits]
+    assert got.tolist() == wanted, "logits_indices"
   for name in ("seq_ids", "positions", "logits_indices"):  # padding is in range too
     values = getattr(metadata, name)
     assert (values >= 0).all(), name

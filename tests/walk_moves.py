@@ -27,6 +27,11 @@ class WalkConfig:
   is_cramped: bool = False  # the index has no place for every block: rows get sealed
 
   @property
+  def num_logits(self) -> int:
+    """Tokens per row of a draft step."""
+    return 1 + self.cache.max_drafts
+
+  @property
   def is_hybrid(self) -> bool:
     """Whether there are recurrent layers."""
     return self.cache.num_recurrent_layers > 0
@@ -136,6 +141,13 @@ for name, like, width, num, is_hybrid in (
     ),
     phases=("windows", "decode", "crowd", "windows", "churn"),
   )
+CONFIGS["hybrid_drafts"] = dataclasses.replace(
+  CONFIGS["hybrid"],
+  cache=dataclasses.replace(
+    CONFIGS["hybrid"].cache, block_size=2, snapshot_interval=1, max_drafts=3
+  ),
+  phases=("drafts", "snapshots", "drafts"),
+)
 
 # What a phase does, and how often. A name with "+" is a sequence of transitions.
 PHASES = {
@@ -210,6 +222,17 @@ PHASES = {
     "rewind": 4,
     "evict": 1,
     "evict_window_blocks": 2,
+  },
+  "drafts": {
+    "extend+draft": 12,
+    "admit": 3,
+    "extend+step": 3,
+    "extend_decode+step_decode": 2,
+    "finish": 1,
+    "publish": 1,
+    "fork": 1,
+    "rewind": 1,
+    "evict_snapshots": 2,
   },
   "restart": {"admit": 4, "extend+step": 8, "publish": 1, "reset_keep": 1},
 }
@@ -315,17 +338,18 @@ class Proposer:
   def _propose_extend_decode(self):
     return {"query_lens": self._spoil(np.minimum(self._wanted(), 1))}
 
-  def _propose_step(self):
+  def _propose_step(self, most=INT_MAX):
     query_lens = self.granted.copy()
     if self._chance(0.1):  # whatever fits into the blocks
       room = [self.oracle.room(s) for s in range(query_lens.size)]
       query_lens = np.array(room, np.int32)
     query_lens = self._spoil(query_lens)
     queries, effective = self.oracle.plan_step(
-      query_lens.tolist(), num_tokens=self.config.num_tokens
+      np.minimum(query_lens, most).tolist(), num_tokens=self.config.num_tokens
     )
     accepted = np.array(effective, np.int32)
-    return self._inputs(queries, self.config.num_tokens) | {
+    num_states = None if most == INT_MAX else most
+    return self._inputs(queries, self.config.num_tokens, num_states) | {
       "query_lens": query_lens,
       "accepted": accepted,
     }
@@ -336,12 +360,18 @@ class Proposer:
     accepted = self.rng.integers(0, high).astype(np.int32)
     return arrays | {"accepted": self._spoil(accepted)}
 
+  def _propose_draft(self):
+    num_logits = self.config.num_logits
+    arrays = self._propose_step(most=num_logits)
+    accepted = self.rng.integers(num_logits + 1, size=len(self.granted))
+    return arrays | {"accepted": self._spoil(accepted.astype(np.int32))}
+
   def _propose_step_decode(self):
     query_lens = self._spoil(self.granted.copy())
     queries, _ = self.oracle.plan_step(query_lens.tolist())
     return self._inputs(queries, query_lens.size) | {"query_lens": query_lens}
 
-  def _inputs(self, queries, num_tokens):
+  def _inputs(self, queries, num_tokens, num_states=None):
     """Tokens, and the K and V that a model would make of them; junk in the padding."""
     tokens = self.rng.integers(self.config.vocab, size=num_tokens, dtype=np.int32)
     new = {}
@@ -360,19 +390,26 @@ class Proposer:
       prints[here] = whole[start:]
     keys, values = contents(self.config.cache, prints)
     q = self.rng.normal(size=(num_tokens, 2, keys.shape[-1])).astype(np.float32)
-    states = self._states(new, tokens, num_rows=len(self.oracle.rows))
+    states = self._states(new, tokens, num_states)
     return {"tokens": tokens, "keys": keys, "values": values, "q": q, "states": states}
 
-  def _states(self, new, tokens, *, num_rows):
-    """The recurrent states that a model would leave after these tokens; junk else."""
+  def _states(self, new, tokens, num_states):
+    """The recurrent states that a model would leave after these tokens; junk else.
+
+    After the last token of each row, or after each of the first `num_states`.
+    """
     if not self.config.is_hybrid:
       return {}
-    prints = self.rng.integers(1 << 20, size=num_rows, dtype=np.uint32)
+    shape = (len(self.oracle.rows), num_states or 1)
+    prints = self.rng.integers(1 << 20, size=shape, dtype=np.uint32)
     for s, mine in new.items():
       row = self.oracle.rows[s]
       text = (*row.tokens, *tokens[[query.index for query in mine]].tolist())
-      prints[s] = fingerprints(row.namespace, text)[-1]
-    return states_of(self.config.cache, prints)
+      whole = fingerprints(row.namespace, text)[len(row.tokens) :]
+      if num_states is None:
+        whole = whole[-1:]
+      prints[s, : whole.size] = whole
+    return states_of(self.config.cache, prints[:, 0] if num_states is None else prints)
 
   def _propose_fork(self):
     S = len(self.oracle.rows)

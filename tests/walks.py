@@ -33,15 +33,27 @@ def _write_all(ctx, keys, values, metadata):
 
 
 def _step(
-  ctx, query_lens, tokens, keys, values, q, *, num_tokens, states, accepted=None
+  ctx,
+  query_lens,
+  tokens,
+  keys,
+  values,
+  q,
+  *,
+  num_tokens,
+  states,
+  accepted=None,
+  num_logits=1,
 ):
-  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  metadata = kvcache.step_metadata(
+    ctx, query_lens, num_tokens=num_tokens, num_logits=num_logits
+  )
   read = []
   for layer in range(ctx.config.num_recurrent_layers):
     read.append(kvcache.read_state(ctx, layer, metadata))
     state = {name: array[layer] for name, array in states.items()}
     ctx = kvcache.write_state(ctx, layer, state, metadata)
-    accepted = None  # there is no way back
+    accepted = None if num_logits == 1 else accepted  # is there a way back?
   ctx = _write_all(ctx, keys, values, metadata)
   layer, sm_scale = keys.shape[0] - 1, walk_checks.SM_SCALE
   out = kvcache.attend(ctx, layer, q, metadata, sm_scale=sm_scale)
@@ -63,7 +75,11 @@ def transitions(config: WalkConfig):
   def alone(verb, **kwargs):
     return lambda ctx, **arrays: (verb(ctx, **arrays, **kwargs),)
 
-  return {
+  drafts = {}
+  if config.num_logits > 1:
+    draft = functools.partial(_step, num_tokens=T, num_logits=config.num_logits)
+    drafts["draft"] = draft
+  return drafts | {
     "admit": _admit,
     "extend": functools.partial(extend, num_tokens=T),
     "extend_decode": extend,
@@ -263,7 +279,9 @@ class Walk:
 
   _predict_extend_decode = _predict_extend
 
-  def _predict_step(self, query_lens, tokens, keys, values, q, states, accepted=None):
+  def _predict_step(
+    self, query_lens, tokens, keys, values, q, states, accepted=None, is_draft=False
+  ):
     del keys, values, states  # the contents are checked against the tokens
     num_tokens = None if accepted is None else self.config.num_tokens
     queries, effective = self.oracle.plan_step(
@@ -277,6 +295,7 @@ class Walk:
       tokens.tolist(),
       effective,
       accepted=None if accepted is None else accepted.tolist(),
+      is_draft=is_draft,
     )
     self.proposer.granted[:] = 0
     after = [len(row.tokens) for row in self.oracle.rows]
@@ -286,6 +305,10 @@ class Walk:
     )
 
   _predict_step_decode = _predict_speculate = _predict_step
+
+  def _predict_draft(self, query_lens, **arrays):
+    query_lens = np.minimum(query_lens, self.config.num_logits)
+    return self._predict_step(query_lens, **arrays, is_draft=True)
 
   def _predict_publish(self):
     is_idle = self.oracle.num_pending() == 0

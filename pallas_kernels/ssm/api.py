@@ -16,6 +16,7 @@ def causal_conv1d(
   *,
   bias: Array | None = None,
   max_query_len: int | None = None,
+  num_states: int | None = None,
   implementation: str | None = None,
 ) -> tuple[Array, Array]:
   """Depthwise causal convolution of packed rows that go on from given inputs.
@@ -29,12 +30,15 @@ def causal_conv1d(
     cu_seqlens: `[S + 1]` int32, first entry 0.
     bias: `[C]`, or None.
     max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    num_states: `E`, static. If given, rows have at most `E` tokens, and the states
+      after each of them are returned.
     implementation: `"xla"`, or None for the best that can serve.
 
   Returns:
     `(y [T, C]` in `x`'s dtype, computed in float32, and without meaning past the last
     row`, state [S, C, W - 1]` float32 after the rows' tokens`)`. A row without tokens
-    keeps its state.
+    keeps its state. With `num_states` the state is `[S, E, C, W - 1]`, entry `i` after
+    the row's token `i`, or after its last one.
 
   Raises:
     ValueError: Shapes or dtypes do not fit.
@@ -51,6 +55,7 @@ def causal_conv1d(
     raise ValueError(f"state must be {wanted}, got {state.shape}")
   if bias is not None and bias.shape != (channels,):
     raise ValueError(f"bias must be [{channels}], got {bias.shape}")
+  _check_num_states(num_states)
   _check_implementation(implementation)
   return xla.causal_conv1d(
     x,
@@ -58,7 +63,8 @@ def causal_conv1d(
     state,
     cu_seqlens,
     bias=bias,
-    is_decode=_is_decode(x, state, max_query_len),
+    num_states=num_states,
+    is_decode=num_states is None and _is_decode(x, state, max_query_len),
   )
 
 
@@ -73,6 +79,7 @@ def ssd(
   *,
   d: Array | None = None,
   max_query_len: int | None = None,
+  num_states: int | None = None,
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Array, Array]:
@@ -97,13 +104,17 @@ def ssd(
     cu_seqlens: `[S + 1]` int32, first entry 0.
     d: `[H]` weights of the skip connection, or None.
     max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    num_states: `E`, static. If given, rows have at most `E` tokens, and the states
+      after each of them are returned.
     chunk_size: Tokens per chunk, static.
     implementation: `"xla"`, or None for the best that can serve.
 
   Returns:
     `(y [T, H, P]` in `x`'s dtype, computed in float32, and without meaning past the
     last row`, state [S, H, P, N]` float32 after the rows' tokens`)`. A row without
-    tokens keeps its state.
+    tokens keeps its state. With `num_states` the state is `[S, E, H, P, N]`, entry `i`
+    after the row's token `i`, or after its last one, and rows are computed a token at a
+    time instead of in chunks.
 
   Raises:
     ValueError: Shapes or dtypes do not fit.
@@ -129,6 +140,7 @@ def ssd(
     raise ValueError(f"x has {num_heads} heads, not a multiple of {num_groups}")
   if chunk_size < 1:
     raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+  _check_num_states(num_states)
   _check_implementation(implementation)
   y, state = xla.ssd(
     x,
@@ -139,7 +151,8 @@ def ssd(
     state,
     cu_seqlens,
     chunk_size=chunk_size,
-    is_decode=_is_decode(x, state, max_query_len),
+    num_states=num_states,
+    is_decode=num_states is None and _is_decode(x, state, max_query_len),
   )
   if d is not None:
     y = y + d.astype(jnp.float32)[None, :, None] * x.astype(jnp.float32)
@@ -152,6 +165,11 @@ def _check_rows(state: Array, cu_seqlens: Array) -> None:
       f"cu_seqlens must be int32[{state.shape[0] + 1}], got"
       f" {cu_seqlens.dtype}{list(cu_seqlens.shape)}"
     )
+
+
+def _check_num_states(num_states: int | None) -> None:
+  if num_states is not None and num_states < 1:
+    raise ValueError(f"num_states must be at least 1, got {num_states}")
 
 
 def _check_implementation(implementation: str | None) -> None:

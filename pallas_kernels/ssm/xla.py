@@ -1,6 +1,7 @@
 """The recurrences in plain JAX, for every backend.
 
-One token per row is one update of all states. Longer rows go in chunks: within a chunk
+One token per row is one update of all states; where the state after every token is
+wanted, a few such updates follow each other. Longer rows go in chunks: within a chunk
 the recurrence is two matrix products under a lower-triangular mask, from chunk to chunk
 only the state is handed on. The chunks of all rows are one list; a loop of as many
 rounds as there are chunks works it off, so that padding costs nothing.
@@ -20,6 +21,7 @@ def causal_conv1d(
   cu_seqlens: Array,
   *,
   bias: Array | None,
+  num_states: int | None,
   is_decode: bool,
 ) -> tuple[Array, Array]:
   """See `pallas_kernels.ssm.causal_conv1d`."""
@@ -40,7 +42,12 @@ def causal_conv1d(
       before = state[rows, :, jnp.clip(at + num_before, 0, num_before - 1)]
       inside = x[jnp.maximum(token - (num_before - tap), 0)]
       taps.append(jnp.where((at >= 0)[:, None], inside, before))
-    state = _last_inputs(x, state, cu_seqlens)
+    starts, lens = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
+    if num_states is None:
+      state = _last_inputs(x, state, starts, lens)
+    else:
+      after = (jnp.minimum(lens, i + 1) for i in range(num_states))
+      state = jnp.stack([_last_inputs(x, state, starts, n) for n in after], axis=1)
   y = taps[0] * weight[None, :, 0]
   for tap in range(1, num_taps):
     y = y + taps[tap] * weight[None, :, tap]
@@ -49,10 +56,9 @@ def causal_conv1d(
   return y.astype(dtype), state
 
 
-def _last_inputs(x: Array, state: Array, cu_seqlens: Array) -> Array:
-  """The inputs that the rows' next tokens will see: `[S, C, W - 1]`."""
+def _last_inputs(x: Array, state: Array, starts: Array, lens: Array) -> Array:
+  """The inputs that tokens after the rows' first `lens` see: `[S, C, W - 1]`."""
   num_before = state.shape[2]
-  starts, lens = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
   place = jnp.arange(num_before, dtype=jnp.int32)[None]
   at = lens[:, None] - num_before + place  # [S, W - 1], in the row
   index = jnp.clip(starts[:, None] + at, 0, x.shape[0] - 1)
@@ -81,6 +87,7 @@ def ssd(
   cu_seqlens: Array,
   *,
   chunk_size: int,
+  num_states: int | None,
   is_decode: bool,
 ) -> tuple[Array, Array]:
   """See `pallas_kernels.ssm.ssd`; `y` is float32 and lacks the skip connection."""
@@ -88,6 +95,8 @@ def ssd(
   a, state = a.astype(jnp.float32), state.astype(jnp.float32)
   if is_decode:
     return _step(inputs, a, state)
+  if num_states is not None:
+    return _steps(inputs, a, state, cu_seqlens, num_states)
   num_tokens = x.shape[0]
   starts, lens = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
   is_single = lens == 1
@@ -125,6 +134,24 @@ def _step(inputs: _Inputs, a: Array, state: Array) -> tuple[Array, Array]:
   new = (inputs.dt[:, :, None] * inputs.x)[..., None] * b[:, :, None, :]
   state = decay * state + new
   return jnp.sum(state * c[:, :, None, :], axis=-1), state
+
+
+def _steps(
+  inputs: _Inputs, a: Array, state: Array, cu_seqlens: Array, num_states: int
+) -> tuple[Array, Array]:
+  """Up to `num_states` tokens of each row, and the states after each."""
+  num_tokens = inputs.x.shape[0]
+  starts, lens = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
+  y, states = jnp.zeros(inputs.x.shape, jnp.float32), []
+  for i in range(num_states):
+    at = jnp.minimum(starts + i, num_tokens - 1)
+    y_next, after = _step(_Inputs(*(array[at] for array in inputs)), a, state)
+    is_token = i < lens
+    state = jnp.where(is_token[:, None, None, None], after, state)
+    to = jnp.where(is_token, starts + i, num_tokens)
+    y = y.at[to].set(y_next, mode="drop")
+    states.append(state)
+  return y, jnp.stack(states, axis=1)
 
 
 def _chunk(inputs: _Inputs, a: Array, state: Array) -> tuple[Array, Array]:
