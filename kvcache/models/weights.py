@@ -1,9 +1,9 @@
 """From the tensors of a checkpoint to a model.
 
 Loaders name tensors their own way; here they have one name each: a role, and a place,
-the layer and the expert if there are any. Matrices are `[out, in]` on both sides, so nothing is
-transposed. What a model needs is read off its variables: one that a model does not have
-is not wanted from a checkpoint either.
+the layer and the expert if there are any. Matrices are `[out, in]` on both sides, so
+nothing is transposed. What a model needs is read off its variables: one that a model
+does not have is not wanted from a checkpoint either.
 """
 
 from collections.abc import Callable, Iterator, Mapping
