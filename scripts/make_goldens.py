@@ -286,7 +286,7 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
     intermediate_size=40,
     num_attention_heads=4,
     max_position_embeddings=256,
-    rms_norm_eps=1e-5,  # those of latents keep 1e-6
+    rms_norm_eps=1e-2,  # so that it shows that norms of latents keep 1e-6
     kv_lora_rank=12,
     qk_nope_head_dim=6,
     qk_rope_head_dim=8,
@@ -299,7 +299,7 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
     **latent,
     num_hidden_layers=3,
     q_lora_rank=14,
-    num_experts_per_tok=2,
+    num_experts_per_tok=3,
     n_shared_experts=2,
     topk_method="group_limited_greedy",
     n_group=3,
@@ -320,7 +320,7 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
     **latent,
     num_hidden_layers=2,
     q_lora_rank=None,
-    num_experts_per_tok=3,
+    num_experts_per_tok=2,
     n_shared_experts=1,
     rope_parameters=plain,
   )
