@@ -170,3 +170,33 @@ def test_settings_as_published_checkpoints_spell_them(tmp_path):
   path.write_text(json.dumps(settings | {"rope_scaling": None, "rope_theta": theta}))
   config = models.load(folder).config
   assert (config.rope_theta, config.rope_factors, config.rope_scale) == (100, None, 1)
+
+
+def test_decoding_copies_neither_the_pool_nor_the_weights():
+  config = dataclasses.replace(
+    loaded(NAMES[1]).config, hidden_size=64, expert_size=128, kv_lora_rank=24
+  )
+  function = as_function(DeepSeek2(config, rngs=nnx.Rngs(0)))
+  ctx = context_for(config, max_seqs=4, num_blocks=512)
+
+  def loop(function, ctx, tokens):
+    def body(_, state):
+      ctx, tokens = state
+      logits, ctx, _ = run_step.__wrapped__(
+        function, ctx, tokens, jnp.ones(4, jnp.int32), num_tokens=None
+      )
+      return ctx, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, 5, body, (ctx, tokens))
+
+  program = (
+    jax.jit(loop, donate_argnums=1)
+    .lower(function, ctx, jnp.zeros(4, jnp.int32))
+    .compile()
+  )
+  allowed, experts = 200_000, 4 * 3 * 64 * 128 * 6
+  assert program.memory_analysis().temp_size_in_bytes < allowed
+  assert min(ctx.kv.k.nbytes, experts) > 2 * allowed  # either copy would show
+  for pool in ("f32[2,512,1,4,32]", "f32[1024,1,4,32]"):
+    copies = [line for line in program.as_text().splitlines() if f"= {pool}" in line]
+    assert not [line for line in copies if " copy(" in line or " transpose(" in line]
