@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from kvcache import kv
-from pallas_kernels.paged_attention import cascade_attention, merge, paged_attention
+from pallas_kernels.paged_attention import (
+  cascade,
+  cascade_attention,
+  merge,
+  paged_attention,
+)
 
 S, H, K, D, BLOCK, P, N = 5, 4, 2, 8, 4, 48, 128
 LENGTHS = np.array([170, 161, 0, 165, 180], np.int32)
@@ -47,10 +52,10 @@ def queries(chunks, lengths=LENGTHS):
 
 @functools.partial(jax.jit, static_argnames=("max_query_len", "logits_soft_cap"))
 def both(*args, num_prefix_blocks, shares=None, **options):
-  cascade = cascade_attention(
+  shared = cascade_attention(
     *args, num_prefix_blocks=num_prefix_blocks, shares=shares, **options
   )
-  return cascade, paged_attention(*args, **options)
+  return shared, paged_attention(*args, **options)
 
 
 @pytest.mark.parametrize("num_prefix_blocks", [0, 1, 32, NUM_SHARED])
@@ -59,14 +64,14 @@ def both(*args, num_prefix_blocks, shares=None, **options):
 def test_a_shared_prefix_changes_nothing(scene, chunks, num_prefix_blocks, options):
   tables, k, v = scene
   q, starts, lengths, live = queries(chunks)
-  cascade, plain = both(
+  shared, plain = both(
     *(q, k, v, tables, lengths, starts),
     num_prefix_blocks=jnp.int32(num_prefix_blocks),
     max_query_len=1 if chunks is None else None,
     **options,
   )
-  np.testing.assert_allclose(cascade[live], plain[live], rtol=2e-5, atol=2e-6)
-  assert not cascade[~live].any()
+  np.testing.assert_allclose(shared[live], plain[live], rtol=2e-5, atol=2e-6)
+  assert not shared[~live].any()
   assert np.abs(plain[live]).min(axis=(1, 2)).all()
 
 
@@ -96,15 +101,15 @@ def test_rows_that_do_not_share_are_served_too(
   tables, k, v, lengths = mixed
   q, starts, lengths, live = queries(chunks, lengths)
   shares = {"shares": jnp.array([True, True, False, False, True])} if is_told else {}
-  cascade, plain = both(
+  shared, plain = both(
     *(q, k, v, tables, lengths, starts),
     num_prefix_blocks=jnp.int32(num_prefix_blocks),
     max_query_len=1 if chunks is None else None,
     sinks=SINKS,
     **shares,
   )
-  np.testing.assert_allclose(cascade[live], plain[live], rtol=2e-5, atol=2e-6)
-  assert not cascade[~live].any()
+  np.testing.assert_allclose(shared[live], plain[live], rtol=2e-5, atol=2e-6)
+  assert not shared[~live].any()
   assert np.abs(plain[live]).min(axis=(1, 2)).all()
 
 
@@ -118,38 +123,55 @@ def test_what_is_shared_is_read_from_one_row_alone(mixed):
   )
   tables = tables.copy()
   tables[4, :NUM_SHARED] = 0  # NaN
-  cascade, _ = both(
+  shared, _ = both(
     *(q, k, v, tables, lengths, starts),
     num_prefix_blocks=NUM_SHARED,
     max_query_len=1,
     shares=jnp.asarray(sharing),
   )
-  np.testing.assert_allclose(cascade[live], plain[live], rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(shared[live], plain[live], rtol=2e-5, atol=2e-6)
+
+
+def test_rows_that_share_are_found(mixed, monkeypatch):
+  """Though the first row of the step, which ends inside the prefix, has another."""
+  tables, k, v, lengths = mixed
+  tables[0] = tables[3]
+  q, starts, lengths, _ = queries(None, lengths)
+  seen = []
+
+  def record(*args, **options):
+    seen.append(np.asarray(args[4]).tolist())
+    return jnp.zeros((S, H, D)), jnp.zeros((S, H))
+
+  monkeypatch.setattr(cascade, "paged_attention", record)
+  args = map(jnp.asarray, (q, k, v, tables, lengths, starts))
+  cascade_attention(*args, num_prefix_blocks=NUM_SHARED)
+  assert seen == [[160], [100, 1, 0, 165, 20]]
 
 
 def test_quantised_prefixes_are_shared_too(scene):
   tables, k, v = scene
   q, starts, lengths, live = queries(None)
   (k, k_scale), (v, v_scale) = kv.quantise(k, "int8"), kv.quantise(v, "int8")
-  cascade, plain = both(
+  shared, plain = both(
     *(q, k, v, tables, lengths, starts),
     num_prefix_blocks=NUM_SHARED,
     max_query_len=1,
     k_scale=k_scale,
     v_scale=v_scale,
   )
-  np.testing.assert_allclose(cascade[live], plain[live], rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(shared[live], plain[live], rtol=2e-5, atol=2e-6)
 
 
 def test_nobody_in_the_step_gives_zeros(scene):
   tables, k, v = scene
   q, starts, lengths, _ = queries(None)
-  cascade, _ = both(
+  shared, _ = both(
     *(q, k, v, tables, np.zeros_like(lengths), starts),
     num_prefix_blocks=NUM_SHARED,
     max_query_len=1,
   )
-  assert not cascade.any()
+  assert not shared.any()
 
 
 def test_merged_parts_are_the_softmax_over_all():

@@ -95,7 +95,7 @@ def cascade_attention(
     shares = jnp.all(is_same | (columns >= num_prefix_blocks), axis=1)
   shares = shares & can_share
   num_tokens = q.shape[0]
-  prefix = paged_attention(
+  prefix_out, prefix_lse = paged_attention(
     q,
     k,
     v,
@@ -109,7 +109,7 @@ def cascade_attention(
   # Rows that share begin behind the prefix, the others at their first block.
   columns = columns + jnp.where(shares, num_prefix_blocks, 0)[:, None]
   columns = jnp.minimum(columns, num_columns - 1)
-  rest = paged_attention(
+  out, lse = paged_attention(
     q,
     k,
     v,
@@ -126,5 +126,5 @@ def cascade_attention(
   tokens = jnp.arange(num_tokens, dtype=jnp.int32)
   rows = jnp.searchsorted(cu_seqlens[1:], tokens, side="right", method="scan_unrolled")
   sees_prefix = shares.at[rows].get(mode="fill", fill_value=False)[:, None]
-  prefix = prefix[0], jnp.where(sees_prefix, prefix[1], -jnp.inf)
-  return merge([prefix, rest])[0]
+  prefix_lse = jnp.where(sees_prefix, prefix_lse, -jnp.inf)
+  return merge([(prefix_out, prefix_lse), (out, lse)])[0]
