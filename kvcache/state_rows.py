@@ -134,7 +134,8 @@ def start(
     source_ids=rows.source_ids.at[to].set(source_ids, mode="drop"),
     wanted_lens=rows.wanted_lens.at[to].set(wanted_lens, mode="drop"),
   )
-  return _use(rows, source_ids, mask & (source_ids != NULL_STATE))
+  is_read = mask & (source_ids != NULL_STATE)
+  return _use(rows, source_ids, is_read, ragged.ranks(is_read))
 
 
 def fork(
@@ -202,8 +203,9 @@ def advance(
   width = wants.shape[1]
   written, wants = rows.state_ids[:, :width].reshape(-1), wants.reshape(-1)
   block_ids = block_ids.reshape(-1)
-  granted = wants & (ragged.ranks(wants) < rows.num_spare)
-  pool, fresh = blocks.allocate_one_each(rows.pool, granted)
+  ranks = ragged.ranks(wants)
+  granted = wants & (ranks < rows.num_spare)
+  pool, fresh = blocks.allocate_one_each(rows.pool, granted, ranks=ranks)
   block = ragged.masked(block_ids, granted, rows.snapshot_ids.shape[0])
   state = ragged.masked(written, granted, rows.num_states)
   own = jnp.where(granted, fresh, written).reshape(-1, width)
@@ -215,7 +217,7 @@ def advance(
     snapshot_ids=rows.snapshot_ids.at[block].set(written, mode="drop"),
     block_ids=rows.block_ids.at[state].set(block_ids, mode="drop"),
   )
-  return _use(rows, written, granted)
+  return _use(rows, written, granted, ranks)
 
 
 def clear(rows: StateRows, mask: Array) -> StateRows:
@@ -310,10 +312,10 @@ def evict(rows: StateRows, count: Array) -> tuple[StateRows, Array]:
   return rows, num
 
 
-def _use(rows: StateRows, state_ids: Array, mask: Array) -> StateRows:
-  """Marks snapshots as used, in list order; ids may repeat."""
+def _use(rows: StateRows, state_ids: Array, mask: Array, ranks: Array) -> StateRows:
+  """Marks snapshots as used, in the order of their ranks; ids may repeat."""
   state = ragged.masked(state_ids, mask, rows.num_states)
-  now = rows.clock + ragged.ranks(mask)
+  now = rows.clock + ranks
   return rows.replace(
     last_used=rows.last_used.at[state].max(now, mode="drop"),
     clock=rows.clock + ragged.sum_int(mask),
