@@ -172,6 +172,10 @@ def test_settings_as_published_checkpoints_spell_them(tmp_path):
   assert (config.rope_theta, config.rope_factors, config.rope_scale) == (100, None, 1)
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12),
+  reason="XLA:CPU of jax 0.11 copies a pool of one kv head into an equal layout",
+)
 def test_decoding_copies_neither_the_pool_nor_the_weights():
   config = dataclasses.replace(
     loaded(NAMES[1]).config, hidden_size=64, expert_size=128, kv_lora_rank=24
