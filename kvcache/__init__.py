@@ -68,7 +68,7 @@ from kvcache.handoff import (
 )
 from kvcache.kv import KVStore
 from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
-from kvcache.metadata import StepMetadata, WindowView
+from kvcache.metadata import SharedPrefix, StepMetadata, WindowView
 from kvcache.observe import Events, events, Stats, stats
 from kvcache.prefix import PrefixIndex
 from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
@@ -128,6 +128,7 @@ __all__ = [
   "SequenceState",
   "SequenceTable",
   "SequenceTooLongError",
+  "SharedPrefix",
   "Slice",
   "StateError",
   "StateRows",

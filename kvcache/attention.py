@@ -1,5 +1,7 @@
 """Attention of a step's queries over the keys and values of a Context."""
 
+import functools
+
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -24,7 +26,8 @@ def attend(
 ) -> Array:
   """Attends from each token of a step to its sequence up to itself.
 
-  Call it after `write_kv` of the same layer and step.
+  Call it after `write_kv` of the same layer and step. With metadata made with
+  `cascade=True`, a prefix that rows share is read once for all of them.
 
   Args:
     ctx: The context.
@@ -60,8 +63,17 @@ def attend(
         f"sliding_window={sliding_window} is wider than what the layer keeps,"
         f" {spec.sliding_window} tokens"
       )
-  flat = store.flat()
-  out = paged_attention.paged_attention(
+  flat, shared = store.flat(), metadata.shared_prefix
+  attention = functools.partial(
+    paged_attention.paged_attention, sliding_window=sliding_window
+  )
+  if shared is not None and sliding_window is None:
+    attention = functools.partial(
+      paged_attention.cascade_attention,
+      num_prefix_blocks=shared.num_blocks,
+      shares=shared.shares,
+    )
+  out = attention(
     q,
     flat.k,
     flat.v,
@@ -69,7 +81,6 @@ def attend(
     metadata.seq_lens,
     metadata.cu_seqlens,
     sm_scale=sm_scale,
-    sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
     sinks=sinks,
     k_scale=flat.k_scale,

@@ -32,6 +32,18 @@ class WindowView(flax.struct.PyTreeNode, kw_only=True):
   slot_mapping: Array
 
 
+class SharedPrefix(flax.struct.PyTreeNode, kw_only=True):
+  """First blocks that rows of a step have in common, so that they are read once.
+
+  Attributes:
+    num_blocks: `[]` int32. How many.
+    shares: `[S]` bool. Rows of the step that hold them and stand behind them.
+  """
+
+  num_blocks: Array
+  shares: Array
+
+
 class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   """Where each token of a step comes from and goes to.
 
@@ -47,6 +59,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     logits_indices: `[S * num_logits]` int32. Each row's last token, anything in range
       for rows not in it; with `num_logits` above 1, each row's first so many tokens.
     block_tables: `[S, P]` int32. Of the context.
+    shared_prefix: What `attend` reads once for several rows; None if not looked for.
     windows: For each of `config.windows`, where the tokens stand in its pool.
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
@@ -61,6 +74,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   cu_seqlens: Array
   logits_indices: Array
   block_tables: Array
+  shared_prefix: SharedPrefix | None = None
   windows: tuple[WindowView, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
   num_logits: int = flax.struct.field(pytree_node=False, default=1)
@@ -135,3 +149,23 @@ def build(
     is_decode=num_tokens is None,
     num_logits=num_logits,
   )
+
+
+def find_shared_prefix(metadata: StepMetadata, *, block_size: int) -> SharedPrefix:
+  """Finds the blocks that are worth reading once for all rows that have them.
+
+  Compares every row of the step with its first one, and takes the prefix that saves
+  most: its length times the rows that share it. Costs one pass over `[S, P]` ids.
+  """
+  tables, is_in_step = metadata.block_tables, metadata.query_lens > 0
+  num_columns = tables.shape[1]
+  first = tables[jnp.argmax(is_in_step)][None]
+  column = jnp.arange(num_columns, dtype=jnp.int32)[None]
+  num_same = jnp.min(jnp.where(tables == first, num_columns, column), axis=1)
+  behind = (metadata.seq_lens - metadata.query_lens) // block_size
+  num_same = jnp.where(is_in_step, jnp.minimum(num_same, behind), 0)
+  num_rows = jnp.sum(num_same[None] >= num_same[:, None], axis=1, dtype=jnp.int32)
+  saved = num_same * (num_rows - 1)
+  num_blocks = jnp.where(jnp.max(saved) > 0, num_same[jnp.argmax(saved)], 0)
+  shares = (num_same >= num_blocks) & (num_blocks > 0)
+  return SharedPrefix(num_blocks=num_blocks.astype(jnp.int32), shares=shares)

@@ -57,6 +57,8 @@ class SchedulerConfig:
       steps that follow find some. `max_seqs` if None.
     defer_shared: Whether a prompt waits while another one computes blocks that it could
       adopt.
+    cascade: Whether steps look for a prefix that rows share and read it once; see
+      `step_metadata`.
     admission: Order in which requests are served.
     preemption: Order whose last running request is preempted. `admission` if None.
   """
@@ -65,6 +67,7 @@ class SchedulerConfig:
   max_admissions: int = 8
   watermark: int | None = None
   defer_shared: bool = True
+  cascade: bool = False
   admission: Policy = first_come_first_served
   preemption: Policy | None = None
 

@@ -48,11 +48,14 @@ def _run_model(
   *,
   num_tokens: int | None,
   order: Array | None = None,
+  cascade: bool = False,
 ) -> tuple[Context, Requests, Batch]:
   """One step: make room, compute, store, sample."""
   ctx, status = stepping.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
   query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = stepping.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  metadata = stepping.step_metadata(
+    ctx, query_lens, num_tokens=num_tokens, cascade=cascade
+  )
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
   ctx = stepping.commit(ctx, tokens, metadata)
@@ -170,6 +173,7 @@ def _mixed_step(
     sampler,
     num_tokens=scheduler.token_budget,
     order=plan.order,
+    cascade=scheduler.cascade,
   )
 
 
@@ -250,7 +254,14 @@ def serve(
       return *after, num_run + 1
     query_lens = _live(ctx, batch).astype(jnp.int32)
     ctx, requests, batch = _run_model(
-      model, ctx, requests, batch, query_lens, sampler, num_tokens=None
+      model,
+      ctx,
+      requests,
+      batch,
+      query_lens,
+      sampler,
+      num_tokens=None,
+      cascade=scheduler.cascade,
     )
     return ctx, requests, batch, num_run + 1
 

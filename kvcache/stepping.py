@@ -113,6 +113,7 @@ def step_metadata(
   *,
   num_tokens: int | None = None,
   num_logits: int = 1,
+  cascade: bool = False,
 ) -> StepMetadata:
   """Builds the view of the context that one model step needs.
 
@@ -125,6 +126,9 @@ def step_metadata(
     num_logits: Static. Logits wanted of each row: of its last token, or of its first
       `num_logits` tokens, to check drafts. More than 1 needs `num_tokens`, and with
       recurrent layers rows get no more than `num_logits` tokens.
+    cascade: Whether to look for first blocks that rows share, so that `attend` reads
+      them once for all. It pays where many rows have a long prefix in common; sums are
+      then taken in another order, so bits depend on who shares.
 
   Raises:
     ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range: with
@@ -143,7 +147,7 @@ def step_metadata(
         f" recurrent layers, got {num_logits}"
       )
     query_lens = jnp.minimum(query_lens, num_logits)
-  return metadata.build(
+  view = metadata.build(
     ctx.sequences,
     query_lens,
     num_tokens=num_tokens,
@@ -152,6 +156,10 @@ def step_metadata(
     num_logits=num_logits,
     windows=ctx.windows,
   )
+  if cascade:
+    found = metadata.find_shared_prefix(view, block_size=config.block_size)
+    view = view.replace(shared_prefix=found)
+  return view
 
 
 def locate(

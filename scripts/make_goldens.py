@@ -248,6 +248,9 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
       **sizes, head_dim=16, rope_parameters=plain, tie_word_embeddings=True
     ),
   }
+  configs["tiny_mistral"] = transformers.MistralConfig(
+    **sizes, head_dim=8, sliding_window=12, rope_parameters=plain
+  )
   configs["tiny_granite_hybrid"] = transformers.GraniteMoeHybridConfig(
     **sizes | {"num_hidden_layers": 4},
     num_local_experts=0,
