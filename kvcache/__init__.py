@@ -49,6 +49,7 @@ from kvcache.context import (
   write_kv,
   write_state,
 )
+from kvcache.draft_model import DraftModel
 from kvcache.errors import (
   BlockOverflowError,
   CacheError,
@@ -101,6 +102,7 @@ __all__ = [
   "Completion",
   "Context",
   "Counters",
+  "DraftModel",
   "Drafter",
   "EmptySequenceError",
   "Events",

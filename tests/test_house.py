@@ -29,7 +29,7 @@ FLOORS = (
   {"lifecycle"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
-  {"scheduler", "speculation"},
+  {"scheduler", "speculation", "draft_model"},
   {"serve", "search"},
   {"checkpoint"},
   {"generation"},
