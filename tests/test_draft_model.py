@@ -43,35 +43,27 @@ def test_a_crowd_gets_the_same_tokens(crowd, seed):
 
 
 def test_the_model_itself_is_always_right():
-  prompts = random_prompts(np.random.default_rng(3), 6, longest=24)
-  params = [SamplingParams(temperature=i % 2, seed=i) for i in range(6)]
+  """Also where the model it drafts for is a hybrid, and it is not."""
+  prompts = random_prompts(np.random.default_rng(3), 3, longest=8)
+  params = [SamplingParams(temperature=i % 2, seed=i) for i in range(3)]
   itself = drafter(toy.model, chunk_size=12)
-  requests = check(
-    CROWDED, prompts, [40, 30, 20, 9, 5, 1], drafter=itself, sampling_params=params
-  )
-  assert requests.num_accepted == requests.num_drafts > 60
+  requests = check(HYBRID, prompts, [40, 20, 9], drafter=itself, sampling_params=params)
+  assert requests.num_accepted == requests.num_drafts > 40
 
 
-def test_a_hybrid_is_drafted_for_by_attention():
-  prompts = random_prompts(np.random.default_rng(4), 12, longest=24)
-  requests = check(HYBRID, prompts, [20] * 12, drafter=drafter())
-  assert 0 < requests.num_accepted < requests.num_drafts
-
-
-@pytest.mark.parametrize("num_blocks", TINY)
-def test_tiny_pools(num_blocks):
-  case, rng = TINY[num_blocks], np.random.default_rng(num_blocks)
+def test_a_tiny_pool():
+  case, rng = TINY[2], np.random.default_rng(2)
   prompts = [rng.integers(0, toy.VOCAB, n).tolist() for n in rng.integers(1, 9, 6)]
   one = drafter(config=case.sizes, chunk_size=6)
   check(case, prompts, rng.integers(1, 20, 6).tolist(), drafter=one)
 
 
-@pytest.mark.parametrize("sizes", [{"num_blocks": 9}, {"max_seq_len": 16}])
-def test_where_the_draft_context_ends_there_are_no_drafts(sizes):
-  small = drafter(config=dataclasses.replace(SIZES, **sizes))
+def test_where_the_draft_context_ends_there_are_no_drafts():
+  """It has blocks for some rows, and columns for the first tokens of each."""
+  config = dataclasses.replace(SIZES, num_blocks=9, max_seq_len=24)
   prompts = random_prompts(np.random.default_rng(6), 12, longest=24)
-  requests = check(CROWDED, prompts, [20] * 12, drafter=small)
-  assert 0 < requests.num_drafts
+  requests = check(CROWDED, prompts, [20] * 12, drafter=drafter(config=config))
+  assert requests.num_drafts > 0
 
 
 def test_rows_go_back_and_catch_up():
@@ -91,9 +83,9 @@ def test_rows_go_back_and_catch_up():
       state, requests, batch, sampler=kvcache.sampling.greedy
     )
     kvcache.check_invariants(state)
-    for text, row, count in zip(texts, drafts.tolist(), num.tolist(), strict=True):
-      want = toy.expected([text], 3, max_tokens_per_seq=64, namespaces=[namespace])
-      assert row[:count] == want[0].tokens[:count]
+    want = toy.expected(texts, 3, max_tokens_per_seq=64, namespaces=[namespace, 0])
+    for one, row, count in zip(want, drafts.tolist(), num.tolist(), strict=True):
+      assert row[:count] == one.tokens[:count]
     return state, num.tolist(), state.sequences.seq_lens.tolist()
 
   state = one.init()
