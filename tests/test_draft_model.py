@@ -104,9 +104,11 @@ def test_rows_go_back_and_catch_up():
   state, num, lens = call(state, texts)
   assert (num, lens) == ([3, 3], [22, 5])
   held = state.sequences.block_tables
-  texts[0] = [*texts[0][:8], 31]  # another request, which begins alike
+  texts[0] = [*texts[0][:8], *[31] * 6]  # another request, which begins alike
   state, num, lens = call(state, texts)
-  assert (num, lens) == ([3, 3], [11, 5])
+  assert (num, lens) == ([0, 3], [13, 5])
+  state, num, lens = call(state, texts)
+  assert (num, lens) == ([3, 3], [16, 5])
   np.testing.assert_array_equal(state.sequences.block_tables, held)
   state, num, lens = call(state, texts, namespace=5)  # nothing in common
   assert (num, lens) == ([0, 3], [5, 5])
