@@ -44,6 +44,7 @@ from kvcache.context import (
   init,
   publish,
 )
+from kvcache.draft_model import DraftModel
 from kvcache.errors import (
   BlockOverflowError,
   CacheError,
@@ -106,6 +107,7 @@ __all__ = [
   "Completion",
   "Context",
   "Counters",
+  "DraftModel",
   "Drafter",
   "EmptySequenceError",
   "Events",

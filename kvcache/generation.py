@@ -114,7 +114,7 @@ def generate(
     scheduler: Static settings of the loop.
     slice_steps: Model steps per slice; nothing reaches the host in between.
     on_slice: Called after each slice; raise in it to stop.
-    drafter: As in `serve`.
+    drafter: As in `serve`. Its state goes from slice to slice, and is not saved.
     checkpoints: Folder to which context and requests are saved after each slice. If it
       holds a checkpoint of the same prompts, the work goes on from there, with the
       same bits: a process that dies loses one slice of work at most.
@@ -150,17 +150,19 @@ def generate(
   prompts = [list(prompt) for prompt in prompts]
   if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
     ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
+  draft_state = None if drafter is None else _init_drafter(drafter)
   reported: dict[int, Completion] = {}
   start = time.perf_counter()
   while len(reported) < len(prompts):
-    ctx, requests = _serve_slice(
+    ctx, requests, draft_state = _serve_slice(
       model,
       ctx,
       requests,
+      drafter,
+      draft_state,
       jnp.int32(slice_steps),
       scheduler=scheduler,
       sampler=sampler,
-      drafter=drafter,
     )
     if checkpoints is not None:
       checkpoint.save_checkpoint(checkpoints, ctx, requests)
@@ -193,30 +195,35 @@ def generate(
 
 
 _stats = jax.jit(observe.stats)
+_init_drafter = jax.jit(lambda drafter: drafter.init())
 
 
 @functools.partial(
-  jax.jit, donate_argnums=(1, 2), static_argnames=("scheduler", "sampler", "drafter")
+  jax.jit, donate_argnums=(1, 2, 4), static_argnames=("scheduler", "sampler")
 )
 def _serve_slice(
   model: Model,
   ctx: Context,
   requests: Requests,
+  drafter: Drafter | None,
+  draft_state: Any,
   max_steps: Array,
   *,
   scheduler: SchedulerConfig,
   sampler: Sampler,
-  drafter: Drafter | None,
-) -> tuple[Context, Requests]:
-  return serve(
+) -> tuple[Context, Requests, Any]:
+  run = functools.partial(
+    serve,
     model,
     ctx,
     requests,
     scheduler=scheduler,
     sampler=sampler,
     max_steps=max_steps,
-    drafter=drafter,
   )
+  if drafter is None:
+    return *run(), None
+  return run(drafter=drafter, draft_state=draft_state)
 
 
 def _output(host: Any, index: int) -> list[int]:

@@ -8,6 +8,7 @@ which runs `serve` in slices.
 """
 
 from collections.abc import Callable
+from typing import Any, overload
 
 import jax
 from jax import Array, lax
@@ -70,14 +71,17 @@ def _run_drafts(
   batch: Batch,
   sampler: Sampler,
   drafter: Drafter,
-) -> tuple[Context, Requests, Batch]:
+  draft_state: Any,
+) -> tuple[Context, Requests, Batch, Any]:
   """A decode step that also computes guessed tokens, and keeps those that were right.
 
   Every live row knows one token that is not computed.
   """
   S, num_each = ctx.config.max_seqs, 1 + drafter.num_drafts
   live = _live(ctx, batch)
-  drafts, num_drafts = drafter(requests, batch)
+  draft_state, drafts, num_drafts = drafter.propose(
+    draft_state, requests, batch, sampler
+  )
   # Not beyond what the request may have; none if there are no blocks for all.
   room = jnp.maximum(batch.limits - 1 - batch.lengths, 0)
   most = jnp.minimum(room, drafter.num_drafts)
@@ -126,6 +130,7 @@ def _run_drafts(
       num_accepted=requests.num_accepted + num_accepted,
     ),
     batch,
+    draft_state,
   )
 
 
@@ -202,6 +207,34 @@ def step(
   return ctx, rq.store_batch(requests, batch)
 
 
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: None = None,
+  draft_state: None = None,
+) -> tuple[Context, Requests]: ...
+
+
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: Drafter,
+  draft_state: Any = None,
+) -> tuple[Context, Requests, Any]: ...
+
+
 def serve(
   model: Model,
   ctx: Context,
@@ -211,7 +244,8 @@ def serve(
   sampler: Sampler = sampling.sample,
   max_steps: int | Array | None = None,
   drafter: Drafter | None = None,
-) -> tuple[Context, Requests]:
+  draft_state: Any = None,
+) -> tuple[Context, Requests] | tuple[Context, Requests, Any]:
   """Serves requests until all have ended, without leaving the device.
 
   Jit it with the context and the requests donated. Rows of finished requests are
@@ -227,9 +261,11 @@ def serve(
     drafter: Guesses tokens, so that a decode step can yield several. The tokens are
       those of a loop without it. The model must give logits for all of
       `metadata.logits_indices`.
+    draft_state: What the drafter remembers: from the call before, to be donated like
+      the context; `drafter.init()` if omitted.
 
   Returns:
-    The context and the requests after.
+    The context and the requests after, and with a drafter its state.
 
   Raises:
     ValueError: The token budget is less than the rows, or the drafter guesses more than
@@ -242,15 +278,17 @@ def serve(
       f"drafter guesses {reach - 1} tokens, but recurrent layers keep states for"
       f" max_drafts={ctx.config.max_drafts}"
     )
+  if drafter is not None and draft_state is None:
+    draft_state = drafter.init()
   limit = (
     jnp.int32(2**31 - 1) if max_steps is None else jnp.asarray(max_steps, jnp.int32)
   )
   limit = requests.num_steps + jnp.minimum(limit, 2**31 - 1 - requests.num_steps)
 
-  def decode(state: tuple[Context, Requests, Batch, Array]):
-    ctx, requests, batch, num_run = state
+  def decode(state: tuple[Context, Requests, Batch, Any, Array]):
+    ctx, requests, batch, drafting, num_run = state
     if drafter is not None:
-      after = _run_drafts(model, ctx, requests, batch, sampler, drafter)
+      after = _run_drafts(model, ctx, requests, batch, sampler, drafter, drafting)
       return *after, num_run + 1
     query_lens = _live(ctx, batch).astype(jnp.int32)
     ctx, requests, batch = _run_model(
@@ -263,10 +301,10 @@ def serve(
       num_tokens=None,
       cascade=scheduler.cascade,
     )
-    return ctx, requests, batch, num_run + 1
+    return ctx, requests, batch, drafting, num_run + 1
 
-  def body(state: tuple[Context, Requests]) -> tuple[Context, Requests]:
-    ctx, requests, plan = sch.schedule(*state, scheduler)
+  def body(state: tuple[Context, Requests, Any]) -> tuple[Context, Requests, Any]:
+    ctx, requests, plan = sch.schedule(*state[:2], scheduler)
     batch = sch.running(ctx, requests)
     if drafter is not None and ctx.state_rows is not None:
       lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
@@ -280,8 +318,8 @@ def serve(
       )
       return ctx, requests, batch, num_run + 1
 
-    def may_decode(state: tuple[Context, Requests, Batch, Array]) -> Array:
-      ctx, requests, batch, num_run = state
+    def may_decode(state: tuple[Context, Requests, Batch, Any, Array]) -> Array:
+      ctx, requests, batch, _, num_run = state
       live = _live(ctx, batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
       has_room = sch.all_can_decode(ctx, live, recycles=drafter is None)
@@ -300,25 +338,27 @@ def serve(
       )
 
     # Zero or one iteration: a `cond` would copy all keys and values.
-    run = lax.while_loop(
+    ctx, requests, batch, num_run = lax.while_loop(
       lambda state: plan.has_prefill & (state[3] == 0),
       mixed,
       (ctx, requests, batch, jnp.int32(0)),
     )
     # Ends because every live row gets a token per step until its limit.
-    ctx, requests, batch, _ = lax.while_loop(may_decode, decode, run)
-    return ctx, rq.store_batch(requests, batch)
+    ctx, requests, batch, drafting, _ = lax.while_loop(
+      may_decode, decode, (ctx, requests, batch, state[2], num_run)
+    )
+    return ctx, rq.store_batch(requests, batch), drafting
 
   # Ends because every round computes a token, or admits or refuses a request, or
   # preempts one so that an earlier one computes.
-  ctx, requests = lax.while_loop(
+  ctx, requests, draft_state = lax.while_loop(
     lambda state: (
       jnp.any(state[1].status != RequestStatus.FINISHED) & (state[1].num_steps < limit)
     ),
     body,
-    (ctx, requests),
+    (ctx, requests, draft_state),
   )
-  return ctx, requests
+  return (ctx, requests) if drafter is None else (ctx, requests, draft_state)
 
 
 def _live(ctx: Context, batch: Batch) -> Array:

@@ -1,34 +1,59 @@
 """Speculation: guessing the next tokens of a row, so that one step checks several.
 
-A drafter is `drafter(requests, batch) -> (drafts [S, J], num_drafts [S])`, with the
-static number `J` as its attribute `num_drafts`. What it guesses changes how fast tokens
-come and never which: the loop samples every position as it would without drafts, with
-the noise that belongs to the request and the position, and keeps drafts as far as they
-agree with what was sampled.
+What a drafter guesses changes how fast tokens come and never which: the loop samples
+every position as it would without drafts, with the noise that belongs to the request
+and the position, and keeps drafts as far as they agree with what was sampled.
+
+`PromptLookup` looks into the text so far; `kvcache.draft_model` has a drafter that is a
+small model.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache.requests import Batch, Requests
+from kvcache.sampling import Sampler
 
 
 class Drafter(Protocol):
-  """What `serve` expects of a drafter; hashable, so that it can be static."""
+  """What `serve` expects of a drafter: a pytree, static if it has no arrays.
+
+  What it learns while it drafts is a state that the loop carries, as it carries the
+  context; `()` for drafters that look at the requests only.
+  """
 
   @property
   def num_drafts(self) -> int:
-    """`J`, most drafts per row."""
+    """`J`, most drafts per row. Static."""
     ...
 
-  def __call__(self, requests: Requests, batch: Batch) -> tuple[Array, Array]:
-    """Returns `[S, J]` int32 drafts, and `[S]` int32 how many of each row count."""
+  def init(self) -> Any:
+    """Returns the state before the first call, any pytree."""
+    ...
+
+  def propose(
+    self, state: Any, requests: Requests, batch: Batch, sampler: Sampler
+  ) -> tuple[Any, Array, Array]:
+    """Guesses what follows each row's tokens.
+
+    Args:
+      state: From `init`, or from the call before.
+      requests: The requests.
+      batch: The running rows.
+      sampler: How the loop chooses tokens.
+
+    Returns:
+      The state after, `[S, J]` int32 drafts, and `[S]` int32 how many of each row
+      count.
+    """
     ...
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptLookup:
   """Guesses that the text goes on as it did after the same words before.
@@ -51,8 +76,15 @@ class PromptLookup:
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
-  def __call__(self, requests: Requests, batch: Batch) -> tuple[Array, Array]:
+  def init(self) -> tuple[()]:
+    """There is nothing to remember."""
+    return ()
+
+  def propose(
+    self, state: tuple[()], requests: Requests, batch: Batch, sampler: Sampler
+  ) -> tuple[tuple[()], Array, Array]:
     """See `Drafter`."""
+    del sampler
     ids = jnp.minimum(batch.request_ids, requests.num_requests - 1)
     tokens, lengths = requests.tokens[ids], batch.lengths
     capacity = requests.capacity
@@ -69,4 +101,4 @@ class PromptLookup:
     at = jnp.minimum(follows[:, None] + offset, capacity - 1)
     drafts = jnp.take_along_axis(tokens, at, axis=1)
     num = jnp.clip(lengths - follows, 0, self.num_drafts)
-    return drafts, jnp.where(place >= 0, num, 0).astype(jnp.int32)
+    return state, drafts, jnp.where(place >= 0, num, 0).astype(jnp.int32)

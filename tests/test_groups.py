@@ -14,6 +14,7 @@ import pytest
 
 import kvcache
 from kvcache import AttentionLayer, CacheConfig, SchedulerConfig
+from tests import test_speculation
 from tests import toy_model as toy
 from tests.test_serve import (
   assert_all_given_back,
@@ -43,7 +44,7 @@ def windowed(case, sliding_window, *, is_hybrid=False, **fields):
 # Windows of two to four blocks; pools for six rows and a little, or hardly for three.
 ROOMY = windowed(CROWDED, 10, num_window_blocks=40)
 CRAMPED = windowed(CROWDED, 7, num_window_blocks=13)
-THREE_GROUPS = windowed(CROWDED, 10, is_hybrid=True, num_window_blocks=24)
+THREE_GROUPS = windowed(CROWDED, 10, is_hybrid=True, num_window_blocks=24, max_drafts=3)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -59,6 +60,16 @@ def test_a_crowd_gets_what_each_gets_alone(case, seed):
   assert int(requests.num_cached.sum()) > 0
   (window,) = ctx.windows
   assert int(window.pool.num_free + window.ring.num_waiting) == window.num_blocks - 1
+
+
+@pytest.mark.parametrize("case", [CRAMPED, THREE_GROUPS], ids=["window", "three"])
+def test_drafts_change_how_many_steps_it_takes_and_nothing_else(case):
+  rng, num = np.random.default_rng(7), case.num
+  prompts = random_prompts(rng, num, longest=24)
+  requests = test_speculation.check(
+    case, prompts, rng.integers(1, 30, num), **mixture(7, num)
+  )
+  assert 0 < requests.num_accepted < requests.num_drafts
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 5])

@@ -30,7 +30,7 @@ FLOORS = (
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
-  {"scheduler", "speculation"},
+  {"scheduler", "speculation", "draft_model"},
   {"serve", "search"},
   {"checkpoint"},
   {"generation"},

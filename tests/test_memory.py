@@ -268,6 +268,40 @@ def test_evicting_snapshots_costs_the_states_and_not_the_blocks():
   assert not module.scans(NUM_BLOCKS) and not table_rewrites(module)
 
 
+def test_speculation_copies_neither_pool_nor_states():
+  """A model drafts for a hybrid: two contexts in the carry."""
+  layer = RecurrentLayer(state={"ssm": (4, 16, 24)})
+  config = dataclasses.replace(
+    HYBRID, layers=(*CONFIG.layers, *(layer,) * 3), max_drafts=3
+  )
+  drafter = kvcache.DraftModel(
+    model=programs.layered_model, config=CONFIG, num_drafts=3, chunk_size=16
+  )
+  ctx, state = abstract_context(config), jax.eval_shape(drafter.init)
+  requests = jax.eval_shape(
+    lambda: kvcache.make_requests([[1, 2, 3, 4, 5]] * 12, max_new_tokens=20)
+  )
+
+  def run(ctx, requests, state):
+    return kvcache.serve(
+      programs.layered_model,
+      ctx,
+      requests,
+      scheduler=SCHEDULER,
+      drafter=drafter,
+      draft_state=state,
+    )
+
+  program = compile_program(run, ctx, requests, state, donate=(0, 1, 2))
+  assert program.alias_bytes >= num_bytes((ctx, state))
+  elements = POOL_ELEMENTS // CONFIG.num_layers
+  assert not [str(i) for i in program.module.rewrites(elements)]
+  elements = config.num_states * config.bytes_per_state // 4
+  assert not [str(i) for i in program.module.rewrites(elements)]
+  assert not table_rewrites(program.module)
+  assert program.temp_bytes < MAX_TEMPORARIES * config.num_bytes
+
+
 # --- Sliding windows ------------------------------------------------------------------
 
 # Their pool is as large as the context's, so that the same sizes are looked for.

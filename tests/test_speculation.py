@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import PromptLookup, SamplingParams
+from kvcache import PromptLookup, sampling, SamplingParams
 from tests import toy_model as toy
 from tests.test_serve import (
   assert_all_given_back,
@@ -21,37 +22,41 @@ from tests.test_serve import (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prophet:
-  """Knows what comes, and is wrong now and then. `eq=False`: hashed by identity."""
+class Prophet(flax.struct.PyTreeNode):
+  """Knows what comes, and is wrong now and then."""
 
-  texts: list[list[int]]
-  capacity: int
-  num_drafts: int = 3
-  error_rate: float = 0.3
+  table: jax.Array  # [Q, C + num_drafts]
+  num_drafts: int = flax.struct.field(pytree_node=False, default=3)
 
-  def __call__(self, requests, batch):
-    table = np.zeros((requests.num_requests, self.capacity + self.num_drafts), np.int32)
-    for row, text in zip(table, self.texts, strict=True):
+  @classmethod
+  def of(cls, texts, capacity, *, error_rate):
+    table = np.zeros((len(texts), capacity + 3), np.int32)
+    for row, text in zip(table, texts, strict=True):
       row[: len(text)] = text
     rng = np.random.default_rng(0)
     # Nobody ever samples this token.
-    table = np.where(rng.random(table.shape) < self.error_rate, toy.VOCAB, table)
+    wrong = rng.random(table.shape) < error_rate
+    return cls(table=jnp.asarray(np.where(wrong, toy.VOCAB, table)))
+
+  def init(self):
+    return ()
+
+  def propose(self, state, requests, batch, sampler):
     ids = jnp.minimum(batch.request_ids, requests.num_requests - 1)
     place = jnp.arange(self.num_drafts, dtype=jnp.int32)[None]
-    at = jnp.minimum(batch.lengths[:, None] + place, table.shape[1] - 1)
-    drafts = jnp.asarray(table)[ids[:, None], at]
+    at = jnp.minimum(batch.lengths[:, None] + place, self.table.shape[1] - 1)
+    drafts = self.table[ids[:, None], at]
     # Now and then few, none, or an odd number.
     num = (batch.lengths * 7) % (self.num_drafts + 3) - 1
-    return drafts, num
+    return state, drafts, num
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("case", "drafter"),
+  static_argnames="case",
   compiler_options={"xla_backend_optimization_level": 0},
 )
-def serve(ctx, requests, *, case, drafter, max_steps=None):
+def serve(ctx, requests, drafter, *, case):
   return kvcache.serve(
     toy.model,
     ctx,
@@ -59,12 +64,11 @@ def serve(ctx, requests, *, case, drafter, max_steps=None):
     scheduler=case.scheduler,
     sampler=case.sampler,
     drafter=drafter,
-    max_steps=max_steps,
   )
 
 
-def check(case, prompts, news, *, error_rate=0.3, **kwargs):
-  """Serves with a prophet; returns how many steps it took, and the requests."""
+def check(case, prompts, news, *, drafter=None, error_rate=0.3, **kwargs):
+  """Serves with a prophet, or another drafter; returns the requests."""
   told = {
     "stop_tokens": kwargs.get("stop_tokens", ()),
     "namespaces": kwargs.get("namespace"),
@@ -73,11 +77,13 @@ def check(case, prompts, news, *, error_rate=0.3, **kwargs):
   want = case.expected(prompts, news, **told)
   texts = [[*p, *one.tokens] for p, one in zip(prompts, want, strict=True)]
   texts += [[]] * (case.num - len(prompts))
-  drafter = Prophet(texts, case.width, error_rate=error_rate)
+  drafter = drafter or Prophet.of(texts, case.width, error_rate=error_rate)
   requests = case.requests(prompts, news, **kwargs)
-  ctx, requests = serve(toy.fresh(case.sizes), requests, case=case, drafter=drafter)
+  ctx, requests, state = serve(toy.fresh(case.sizes), requests, drafter, case=case)
   assert_results(requests, want)
   assert_all_given_back(ctx)
+  if isinstance(state, kvcache.Context):
+    kvcache.check_invariants(state)
   return requests
 
 
@@ -120,7 +126,8 @@ def test_prompt_lookup_proposes_what_followed_before():
     max_seqs=8,
     max_tokens_per_seq=64,
   )
-  drafts, num = jax.jit(drafter)(requests, batch)
+  state, drafts, num = drafter.propose((), requests, batch, sampling.greedy)
+  assert state == drafter.init()
   has_any = False
   for text, row, count in zip(texts, drafts.tolist(), num.tolist(), strict=True):
     places = [i for i in range(len(text) - 2) if text[i : i + 2] == text[-2:]]
@@ -136,8 +143,8 @@ def test_a_text_that_repeats_itself_is_guessed():
   requests = CROWDED.requests(
     prompts, 30, sampling_params=[SamplingParams(temperature=0.0)] * 2
   )
-  ctx, requests = serve(
-    toy.fresh(CROWDED.sizes), requests, case=CROWDED, drafter=PromptLookup(ngram=1)
+  ctx, requests, _ = serve(
+    toy.fresh(CROWDED.sizes), requests, PromptLookup(ngram=1), case=CROWDED
   )
   assert_results(requests, CROWDED.expected(prompts, 30))
   assert requests.num_drafts > 0
