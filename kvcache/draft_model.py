@@ -44,8 +44,9 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
       vocabulary of the model it drafts for. A `jax.tree_util.Partial` if it owns
       arrays.
     config: Of the draft context: as many rows as the one it drafts for, and layers that
-      keep every token: none is recurrent or has a sliding window. `max_seqs * max_blocks_per_seq` blocks and the null block
-      are enough for all; rows that find none, or grow too long, have no drafts.
+      keep every token: none is recurrent or has a sliding window.
+      `max_seqs * max_blocks_per_seq` blocks and the null block are enough for all; rows
+      that find none, or grow too long, have no drafts.
     num_drafts: `J`, drafts per row.
     chunk_size: Tokens that rows catch up with in one step, all together: at least two
       per row.

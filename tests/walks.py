@@ -8,6 +8,7 @@ owns are filled with NaN after every transition.
 
 import argparse
 import collections
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import itertools
@@ -403,6 +404,24 @@ def run(config: WalkConfig, *, seed: int, num_steps: int) -> Walk:
     )
     raise
   return walk
+
+
+NUM_STEPS = 1000  # of a walk in the everyday tests
+
+
+@functools.cache
+def walked(name: str, seed: int) -> Walk:
+  """Walks, checked all the way, and is kept for the test that looks at it again."""
+  return run(CONFIGS[name], seed=seed, num_steps=NUM_STEPS)
+
+
+def rare(seeds: Mapping[str, int], wanted: Iterable) -> dict:
+  """Which of the wanted events hardly happened in these walks."""
+  seen = collections.Counter()
+  for name, count in seeds.items():
+    for seed in range(count):
+      seen += walked(name, seed).seen + walked(name, seed).oracle.seen
+  return {event: seen[event] for event in wanted if seen[event] < 5}
 
 
 def main() -> None:
