@@ -146,9 +146,9 @@ def import_sequences(
   status = jnp.where(wanted & ~has_row, Status.NO_ROW, status)
   need = jnp.where(has_row, (lengths + (size - 1)) // size - num_hits, 0)
   _, fits = ragged.first_come(need, pool.num_free)
-  window_firsts = [windows.first_needed(window, lengths) for window in window_blocks]
   window_needs = []
-  for window, first in zip(window_blocks, window_firsts, strict=True):
+  for window in window_blocks:
+    first = windows.first_needed(window, lengths)
     wanted_here = jnp.where(has_row, (lengths + (size - 1)) // size - first, 0)
     fits &= ragged.first_come(wanted_here, window.pool.num_free)[1]
     window_needs.append(wanted_here)
@@ -181,13 +181,11 @@ def import_sequences(
     windows.begin(
       window,
       rows,
-      first,
+      lengths,
       jnp.where(ok, wanted_here, 0),
       num_entries=num_seqs * min(window.num_columns, -(-max_len // size)),
     )
-    for window, first, wanted_here in zip(
-      window_blocks, window_firsts, window_needs, strict=True
-    )
+    for window, wanted_here in zip(window_blocks, window_needs, strict=True)
   )
   if live_states is not None and ctx.states is not None:
     live_states, to = state_rows.adopt(live_states, rows, ok, lengths > 0)

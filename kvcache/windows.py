@@ -35,6 +35,8 @@ class WindowBlocks(flax.struct.PyTreeNode, kw_only=True):
     block_tables: `[S, P]` int32. Columns from `first_blocks` up to the row's
       `num_blocks` are in use, all others are `NULL_BLOCK`.
     first_blocks: `[S]` int32.
+    valid_from: `[S]` int32. Positions before it hold nothing, in a column in use either:
+      an imported row brings along what it needs and no more.
     attached_ids: `[N]` int32. The block here that is attached to each cached block.
     owner_ids: `[Nw]` int32. The cached block that each is attached to, or `NULL_BLOCK`.
     ring: Attached blocks that no row holds, the next to be evicted first.
@@ -45,6 +47,7 @@ class WindowBlocks(flax.struct.PyTreeNode, kw_only=True):
   pool: BlockPool
   block_tables: Array
   first_blocks: Array
+  valid_from: Array
   attached_ids: Array
   owner_ids: Array
   ring: EvictionRing
@@ -81,6 +84,7 @@ def init(
     pool=blocks.init(num_window_blocks),
     block_tables=jnp.zeros((max_seqs, max_blocks_per_seq), jnp.int32),
     first_blocks=jnp.zeros(max_seqs, jnp.int32),
+    valid_from=jnp.zeros(max_seqs, jnp.int32),
     attached_ids=jnp.zeros(num_blocks, jnp.int32),
     owner_ids=jnp.zeros(num_window_blocks, jnp.int32),
     ring=ring.init(num_window_blocks),
@@ -91,7 +95,12 @@ def init(
 
 def first_needed(window: WindowBlocks, seq_lens: Array) -> Array:
   """The first column that a row of this length needs for its next token."""
-  return jnp.maximum(seq_lens - (window.sliding_window - 1), 0) // window.block_size
+  return _first_seen(window, seq_lens) // window.block_size
+
+
+def _first_seen(window: WindowBlocks, seq_lens: Array) -> Array:
+  """The first position that the next token sees; the length if it sees itself only."""
+  return jnp.maximum(seq_lens - (window.sliding_window - 1), 0)
 
 
 # --- Beginning and growing ------------------------------------------------------------
@@ -208,12 +217,24 @@ def extend(
 
 
 def begin(
-  window: WindowBlocks, rows: Array, first: Array, need: Array, *, num_entries: int
+  window: WindowBlocks,
+  rows: Array,
+  seq_lens: Array,
+  need: Array,
+  *,
+  num_entries: int,
 ) -> WindowBlocks:
-  """Begins rows with `need[a]` new blocks from column `first[a]` on; see `extend`."""
+  """Begins rows of lengths `seq_lens [A]` with `need [A]` new blocks; see `extend`.
+
+  The caller writes what the window sees, and nothing before it.
+  """
+  first = first_needed(window, seq_lens)
   window = extend(window, rows, first, need, num_entries=num_entries)
-  firsts = window.first_blocks.at[rows].set(first, mode="drop")
-  return window.replace(first_blocks=firsts)
+  valid_from = _first_seen(window, seq_lens)
+  return window.replace(
+    first_blocks=window.first_blocks.at[rows].set(first, mode="drop"),
+    valid_from=window.valid_from.at[rows].set(valid_from, mode="drop"),
+  )
 
 
 def fork(
@@ -256,6 +277,7 @@ def fork(
     first_blocks=window.first_blocks.at[rows].set(
       window.first_blocks[source], mode="drop"
     ),
+    valid_from=window.valid_from.at[rows].set(window.valid_from[source], mode="drop"),
   )
   return window, partial, ragged.masked(fresh, copies, window.num_blocks)
 
@@ -288,7 +310,8 @@ def shorten(
   is_shorter = num_kept < table.num_blocks
   kept_first = jnp.minimum(window.first_blocks, num_kept)
   return window.replace(
-    first_blocks=jnp.where(is_shorter, kept_first, window.first_blocks)
+    first_blocks=jnp.where(is_shorter, kept_first, window.first_blocks),
+    valid_from=jnp.where(is_shorter & (num_kept == 0), 0, window.valid_from),
   )
 
 
@@ -342,7 +365,9 @@ def attach(
     mask: `[E]` bool. Entries that count.
   """
   own = window.block_tables[rows, columns]
-  is_loose = mask & (own != NULL_BLOCK) & (window.owner_ids[own] == NULL_BLOCK)
+  is_whole = columns * window.block_size >= window.valid_from[rows]
+  is_loose = mask & is_whole & (own != NULL_BLOCK)
+  is_loose &= window.owner_ids[own] == NULL_BLOCK
   before, attached = ragged.read(window.attached_ids, cached_ids)
   wants = is_loose & (before == NULL_BLOCK)
   marks = _MARK + jnp.arange(own.shape[0], dtype=jnp.int32)  # the earliest one wins
@@ -410,7 +435,10 @@ def evict(
 def can_return(window: WindowBlocks, table: SequenceTable, seq_lens: Array) -> Array:
   """`[S]` bool: whether what rows of these lengths need is held, or still attached."""
   column, is_lost = _lost(window, table, seq_lens)
-  return jnp.all(~is_lost | (_attached(window, table, column) != NULL_BLOCK), axis=1)
+  is_there = ~is_lost | (_attached(window, table, column) != NULL_BLOCK)
+  first = _first_seen(window, seq_lens)
+  is_valid = (first >= window.valid_from) | (first == seq_lens)
+  return jnp.all(is_there, axis=1) & is_valid
 
 
 def block_at(window: WindowBlocks, table: SequenceTable, column: Array) -> Array:
@@ -435,6 +463,7 @@ def _readopt(
   return window.replace(
     block_tables=window.block_tables.at[row, at].set(ids, mode="drop"),
     first_blocks=jnp.minimum(window.first_blocks, needed),
+    valid_from=jnp.minimum(window.valid_from, _first_seen(window, seq_lens)),
   )
 
 

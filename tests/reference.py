@@ -460,6 +460,54 @@ class ReferenceCache:
       wanted_len=row.wanted_len,
     )
 
+  def handoff(self, sources):
+    """Exports rows and imports them again; returns `(seq_id, status)` of each."""
+    self.publish()
+    inactive = self.inactive_rows()
+    results, plans, rank = [], [], 0
+    num_needed = [0] * (1 + len(self.windows))
+    for src in sources:
+      if not 0 <= src < len(self.rows) or not self.rows[src].active:
+        results.append((-1, Status.INVALID))
+        continue
+      rank += 1
+      if rank > len(inactive):
+        results.append((-1, Status.NO_ROW))
+        continue
+      row = self.rows[src]
+      hits = self._cached_blocks(row)
+      columns = range(len(hits), self._blocks_for(len(row.tokens)))
+      needed = [columns, *(w.columns_needed(len(row.tokens)) for w in self.windows)]
+      num_needed = [n + len(c) for n, c in zip(num_needed, needed, strict=True)]
+      pools = zip(num_needed, needed, [self, *self.windows], strict=True)
+      if any(c and n > pool.num_free for n, c, pool in pools):
+        results.append((-1, Status.NO_BLOCKS))
+        continue
+      s = inactive[len(plans)]
+      plans.append((s, row, hits, needed))
+      results.append((s, Status.OK))
+    for s, row, hits, needed in plans:
+      for block in hits:
+        self._adopt(block)
+      for window in self.windows:
+        window.begin(s, len(row.tokens))
+      self.rows[s] = Row(
+        active=True,
+        namespace=row.namespace,
+        tokens=list(row.tokens),
+        blocks=[*hits, *(self._allocate() for _ in needed[0])],
+        num_published=len(hits),
+        num_frozen=len(hits),
+      )
+    return results
+
+  def _cached_blocks(self, row):
+    """The cached blocks that a row's text begins with."""
+    ends = range(self.block_size, len(row.tokens) + 1, self.block_size)
+    keys = ((row.namespace, tuple(row.tokens[:end])) for end in ends)
+    found = itertools.takewhile(lambda key: key in self.index, keys)
+    return [self.index[key] for key in found]
+
   def rewind(self, num_tokens):
     """Drops the last tokens of each row; returns the status of each row."""
     statuses = [Status.OK] * len(self.rows)

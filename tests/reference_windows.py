@@ -29,6 +29,7 @@ class ReferenceWindow:
 
   def reset(self, max_seqs):
     self.rows: list[dict[int, WindowBlock]] = [{} for _ in range(max_seqs)]
+    self.valid_from = [0] * max_seqs  # an imported row brings no more than it needs
     self.attached: dict[object, WindowBlock] = {}
     self.lru: list[WindowBlock] = []  # front first: the next to be evicted
     self.num_free = self.num_usable
@@ -37,7 +38,11 @@ class ReferenceWindow:
 
   def first_needed(self, length):
     """The first column that the token after this length sees."""
-    return max(length - self.sliding_window + 1, 0) // self.block_size
+    return self.first_seen(length) // self.block_size
+
+  def first_seen(self, length):
+    """The first position that the token after this length sees."""
+    return max(length - self.sliding_window + 1, 0)
 
   def columns_needed(self, length):
     """Those columns that hold a token which the next one sees."""
@@ -98,14 +103,22 @@ class ReferenceWindow:
       else:
         self.rows[s][column] = self._allocate()
 
+  def begin(self, s, length):
+    """A row is imported: it gets blocks for what its next token sees."""
+    self.grow(s, self.columns_needed(length))
+    self.valid_from[s] = self.first_seen(length)
+
   def attach(self, s, column, owner):
     """Publishing: a cached block gets the row's block, if it has none."""
     block = self.rows[s].get(column)
-    if block is None or block.owner is not None or owner in self.attached:
+    if column * self.block_size < self.valid_from[s]:
+      self.seen["window block not whole"] += block is not None
+    elif block is None or block.owner is not None or owner in self.attached:
       return
-    block.owner = owner
-    self.attached[owner] = block
-    self.seen["window block attached"] += 1
+    else:
+      block.owner = owner
+      self.attached[owner] = block
+      self.seen["window block attached"] += 1
 
   def trim(self, lengths):
     """Rows let go of what is behind their window."""
@@ -118,6 +131,8 @@ class ReferenceWindow:
     """A row lets go of the columns from `num_kept` on."""
     for column in sorted(c for c in self.rows[s] if c >= num_kept):
       self._release(self.rows[s].pop(column))
+    if num_kept == 0:
+      self.valid_from[s] = 0
 
   def detach(self, owner):
     """A cached block is gone, and what was attached to it."""
@@ -140,13 +155,15 @@ class ReferenceWindow:
   def fork(self, source, s, *, num_full, copies):
     """A row shares the full blocks of another, and copies the partial one."""
     held = self.rows[source].items()
+    self.valid_from[s] = self.valid_from[source]
     self.rows[s] = {c: self._hold(block) for c, block in held if c < num_full}
     if copies:
       self.rows[s][num_full] = self._allocate()
 
   def can_return(self, s, length, blocks):
     """Whether all that a row of this length needs is held or attached."""
-    return all(
+    first = self.first_seen(length)
+    return (first >= self.valid_from[s] or first == length) and all(
       c in self.rows[s] or blocks[c] in self.attached
       for c in self.columns_needed(length)
     )
@@ -166,6 +183,7 @@ class ReferenceWindow:
       if column not in self.rows[s] and column < num_kept:
         self.rows[s][column] = self._hold(self.attached[blocks[column]])
         self.seen["window block held again"] += 1
+    self.valid_from[s] = min(self.valid_from[s], self.first_seen(length))
     self.shorten(s, num_kept)
     if copy is not None:
       self.rows[s][num_kept] = copy

@@ -440,7 +440,7 @@ def check_contents(host: Context, oracle: ReferenceCache) -> None:
       prints[block], expected[block] = own, True
   held = [(prints, expected)]
   for window in range(len(host.windows)):
-    own = walk_windows.tokens_held(host, window, row_prints, cached_prints)
+    own = walk_windows.tokens_held(host, oracle, window, row_prints, cached_prints)
     held.append(own)
   for group, store in zip(host.config.groups, host.kv, strict=True):
     prints, expected = held[_pool_of(host.config, group)]

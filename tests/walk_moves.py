@@ -186,6 +186,7 @@ PHASES = {
     "evict": 3,
     "publish": 1,
     "fork": 2,
+    "handoff": 1,
     "rewind": 2,
     "reset": 0.1,
   },
@@ -206,6 +207,7 @@ PHASES = {
     "abandon": 2,
     "publish": 1,
     "fork": 2,
+    "handoff": 2,
     "rewind": 3,
     "evict": 1,
     "evict_snapshots": 2,
@@ -219,6 +221,7 @@ PHASES = {
     "finish": 2,
     "abandon": 1,
     "fork": 2,
+    "handoff": 2,
     "rewind": 4,
     "evict": 1,
     "evict_window_blocks": 2,
@@ -420,6 +423,8 @@ class Proposer:
     if self._chance(0.1):
       src[self.rng.integers(src.size)] = self.rng.choice([-1, S, INT_MAX, INT_MIN])
     return {"src": src}
+
+  _propose_handoff = _propose_fork
 
   def _propose_rewind(self):
     lens = np.array([len(row.tokens) for row in self.oracle.rows])

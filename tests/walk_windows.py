@@ -44,6 +44,7 @@ def check_oracle(host: Context, oracle: ReferenceCache, twins: dict) -> None:
   """
   for window, wanted in zip(host.windows, oracle.windows, strict=True):
     assert window.pool.num_free == wanted.num_free, ("num_free", wanted.num_free)
+    assert window.valid_from.tolist() == wanted.valid_from, wanted.valid_from
     mine = {}  # block id -> the oracle's block
     for s, columns in enumerate(wanted.rows):
       table = window.block_tables[s]
@@ -63,22 +64,24 @@ def check_oracle(host: Context, oracle: ReferenceCache, twins: dict) -> None:
     assert [mine[int(b)] for b in order] == wanted.lru, "the order of eviction"
 
 
-def tokens_held(host, window, row_prints, cached_prints):
+def tokens_held(host, oracle, window, row_prints, cached_prints):
   """Fingerprints `[Nw, block_size]` of what a window holds, and where it holds any.
 
   Args:
     host: The context.
+    oracle: Knows from where on rows have tokens.
     window: Index of the window.
     row_prints: Of each row, the fingerprints of its tokens.
     cached_prints: Of each cached block, those of its own tokens.
   """
+  valid_from = oracle.windows[window].valid_from
   window, size = host.windows[window], host.prefix.block_size
   prints = np.zeros((window.num_blocks, size), np.uint32)
   expected = np.zeros(prints.shape, bool)
-  for table, own in zip(window.block_tables, row_prints, strict=True):
+  for s, (table, own) in enumerate(zip(window.block_tables, row_prints, strict=True)):
     position = np.arange(len(own))
     block = table[position // size]
-    is_held = block > 0
+    is_held = (block > 0) & (position >= valid_from[s])
     at = block[is_held], (position % size)[is_held]
     prints[at], expected[at] = own[is_held], True
   for owner in np.flatnonzero(window.attached_ids):

@@ -68,6 +68,11 @@ def _admit(ctx, tokens, lengths, namespaces, block_budget):
   )
 
 
+def _handoff(ctx, src):
+  """Rows leave and come back as new ones, beside the old ones."""
+  return kvcache.import_sequences(ctx, kvcache.export_sequences(ctx, src))
+
+
 def transitions(config: WalkConfig):
   """The transitions by name: `(ctx, **arrays) -> (ctx, *results)`."""
   extend, finish, reset = kvcache.extend, kvcache.finish, kvcache.reset
@@ -88,6 +93,7 @@ def transitions(config: WalkConfig):
     "step_decode": functools.partial(_step, num_tokens=None),
     "publish": alone(kvcache.publish),
     "fork": kvcache.fork,
+    "handoff": _handoff,
     "rewind": kvcache.rewind,
     "finish": alone(finish),
     "abandon": alone(finish, keep_prefix=False),
@@ -316,9 +322,9 @@ class Walk:
     self.oracle.publish()
     return Prediction(is_idle=is_idle)
 
-  def _predict_fork(self, src):
+  def _predict_fork(self, src, *, verb="fork"):
     is_published = self.oracle.num_pending() == 0
-    results = self.oracle.fork(src.tolist())
+    results = getattr(self.oracle, verb)(src.tolist())
     for source, (s, status) in zip(src, results, strict=True):
       if status == Status.OK:
         self.proposer.texts[s] = list(self.proposer.texts[source])
@@ -328,6 +334,9 @@ class Walk:
       is_idle=is_published and all(status),
       statuses=status,
     )
+
+  def _predict_handoff(self, src):
+    return self._predict_fork(src, verb="handoff")
 
   def _predict_rewind(self, num_tokens):
     statuses = self.oracle.rewind(num_tokens.tolist())
