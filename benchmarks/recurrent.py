@@ -1,4 +1,4 @@
-"""Recurrent states: what they and their snapshots add to a step."""
+"""Recurrent states and layer groups: what they add to a step."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -15,17 +15,27 @@ from kvcache import Context, RecurrentLayer
 from pallas_kernels import ssm
 from pallas_kernels.ssm import reference
 
-TITLE = "Recurrent states"
+TITLE = "Recurrent states and layer groups"
 S, N, P = 256, 1 << 16, 64
-RATIO = 1.5
+RATIO, WINDOW = 1.5, 128
 STATE = RecurrentLayer(state={"ssm": (1,)})
 HEADS, HEAD_DIM, GROUPS, STATE_SIZE = 48, 32, 1, 128  # Granite 4 H 350M
 ROWS, CHUNK = 16, 256
 
 
 def restart(ctx: Context, start: Context) -> Context:
-  """As `bookkeeping.restart`; the states too are as they were."""
+  """As `bookkeeping.restart`; windows and states too are as they were."""
   ctx = bookkeeping.restart(ctx, start)
+  pairs = zip(ctx.windows, start.windows, strict=True)
+  fields = ("first_blocks", "block_tables")
+  windows = [
+    a.replace(
+      pool=a.pool.replace(num_free=b.pool.num_free),
+      **{f: getattr(b, f) for f in fields},
+    )
+    for a, b in pairs
+  ]
+  ctx = ctx.replace(windows=tuple(windows))
   now, first = ctx.state_rows, start.state_rows
   if now is None or first is None:
     return ctx
@@ -51,11 +61,22 @@ def measure(is_quick: bool) -> Iterator[Row]:
   repeats = 10 if is_quick else 30
   row = functools.partial(Row, section=TITLE, repeats=repeats)
   plain = scenes.make_config(S, N, P)
-  hybrid = dataclasses.replace(
-    plain, layers=(*plain.layers, STATE), num_snapshots=2 * S, snapshot_interval=2
-  )
+  (layer,) = plain.layers
+  windowed = dataclasses.replace(layer, sliding_window=WINDOW)
+  states = {"num_snapshots": 2 * S, "snapshot_interval": 2}
+  blocks = {"num_window_blocks": S * 2 * (WINDOW // scenes.BLOCK_SIZE + 2)}
+  hybrid = dataclasses.replace(plain, layers=(layer, STATE), **states)
+  groups = dataclasses.replace(plain, layers=(layer, windowed), **blocks)
+  # As many layers of each kind as a model of 32 may have; what they keep is tiny.
+  layers = (STATE,) * 24 + (layer, windowed) * 4
+  all_three = dataclasses.replace(plain, layers=layers, **states, **blocks)
   times = {}
-  for name, config in (("attention alone", plain), ("with snapshots", hybrid)):
+  for name, config in (
+    ("attention alone", plain),
+    ("with snapshots", hybrid),
+    ("with a sliding window", groups),
+    ("32 layers in three groups", all_three),
+  ):
     ctx, length = scenes.decoding(config)
     times[name] = bookkeeping.round_seconds(
       bookkeeping.decode_step, ctx, repeats=repeats, length=length, restart=restart
@@ -67,7 +88,7 @@ def measure(is_quick: bool) -> Iterator[Row]:
       value=seconds(times[name], "us"),
       unit="us",
     )
-  ratio = times["with snapshots"] / times["attention alone"]
+  ratio = times["32 layers in three groups"] / times["attention alone"]
   yield row(what="of attention alone", sizes=sizes, value=ratio, unit="x", target=RATIO)
   yield from _snapshots(row, repeats)
   yield from _recurrences(row, repeats)

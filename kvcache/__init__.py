@@ -29,25 +29,20 @@ from kvcache.checks import check_invariants, checked
 from kvcache.config import (
   AttentionLayer,
   CacheConfig,
+  LayerGroup,
   NULL_BLOCK,
   NULL_STATE,
   RecurrentLayer,
 )
 from kvcache.context import (
   bookkeeping_bytes,
-  commit,
   Context,
   Counters,
   evict,
   evict_snapshots,
-  extend,
+  evict_window_blocks,
   init,
   publish,
-  read_state,
-  step_metadata,
-  tokens_to_snapshot,
-  write_kv,
-  write_state,
 )
 from kvcache.draft_model import DraftModel
 from kvcache.errors import (
@@ -74,7 +69,7 @@ from kvcache.handoff import (
 )
 from kvcache.kv import KVStore
 from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
-from kvcache.metadata import StepMetadata
+from kvcache.metadata import SharedPrefix, StepMetadata, WindowView
 from kvcache.observe import Events, events, Stats, stats
 from kvcache.prefix import PrefixIndex
 from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
@@ -86,6 +81,16 @@ from kvcache.serve import serve, step
 from kvcache.speculation import Drafter, PromptLookup
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
+from kvcache.stepping import (
+  commit,
+  extend,
+  read_state,
+  step_metadata,
+  tokens_to_snapshot,
+  write_kv,
+  write_state,
+)
+from kvcache.windows import WindowBlocks
 
 __version__ = "0.1.0"
 
@@ -111,6 +116,7 @@ __all__ = [
   "InvalidRequestError",
   "InvariantError",
   "KVStore",
+  "LayerGroup",
   "PrefixIndex",
   "PromptLookup",
   "RecurrentLayer",
@@ -124,6 +130,7 @@ __all__ = [
   "SequenceState",
   "SequenceTable",
   "SequenceTooLongError",
+  "SharedPrefix",
   "Slice",
   "StateError",
   "StateRows",
@@ -132,6 +139,8 @@ __all__ = [
   "Status",
   "StepMetadata",
   "TokenBudgetError",
+  "WindowBlocks",
+  "WindowView",
   "admit",
   "attend",
   "beam_search",
@@ -143,6 +152,7 @@ __all__ = [
   "events",
   "evict",
   "evict_snapshots",
+  "evict_window_blocks",
   "export_sequences",
   "extend",
   "find",

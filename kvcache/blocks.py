@@ -92,17 +92,23 @@ def allocate(
   )
 
 
-def allocate_one_each(pool: BlockPool, wants: Array) -> tuple[BlockPool, Array]:
+def allocate_one_each(
+  pool: BlockPool, wants: Array, *, ranks: Array | None = None
+) -> tuple[BlockPool, Array]:
   """Hands out one block to each row that wants one: `allocate` in a straight line.
 
   Args:
     pool: The pool.
     wants: `[S]` bool. The caller has made sure that at most `num_free` are set.
+    ranks: `[S]` int32. How many of the others that want one come before each, if the
+      caller knows already.
 
   Returns:
     The pool after, and `[S]` int32 block ids, `NULL_BLOCK` where none was wanted.
   """
-  at = jnp.maximum(pool.num_free - 1 - ragged.ranks(wants), 0)
+  if ranks is None:
+    ranks = ragged.ranks(wants)
+  at = jnp.maximum(pool.num_free - 1 - ranks, 0)
   block_ids = jnp.where(wants, pool.free_list[at], NULL_BLOCK)
   to = ragged.masked(block_ids, wants, pool.num_blocks)
   pool = pool.replace(

@@ -15,10 +15,11 @@ from jax.core import Tracer
 from jax.experimental import checkify
 import jax.numpy as jnp
 
-from kvcache import ragged
+from kvcache import ragged, windows
 from kvcache.context import Context
 from kvcache.errors import InvariantError
 from kvcache.state_rows import StateRows
+from kvcache.windows import WindowBlocks
 
 
 def invariants(ctx: Context) -> dict[str, Array]:
@@ -130,22 +131,18 @@ def invariants(ctx: Context) -> dict[str, Array]:
   ) & jnp.all(~is_cached | (ways[jnp.maximum(index.way_of - 1, 0)] == block))
   held["equal full prefixes have one block"] = _no_twins(ctx, is_cached)
 
-  waits = index.queue_pos > 0
-  slot = jnp.clip(index.queue_pos - 1, 0, config.queue_size - 1)
+  ring = index.ring
+  waits = ring.queue_pos > 0
+  slot = jnp.clip(ring.queue_pos - 1, 0, ring.size - 1)
   held["exactly the cached blocks that nobody holds are in the ring"] = jnp.all(
     waits == (is_cached & (refs == 0))
   )
   held["num_evictable counts them"] = index.num_evictable == ragged.sum_int(waits)
   held["ring entries name their blocks"] = jnp.all(
-    ~waits
-    | (
-      (index.queue[slot] == block)
-      & (slot >= index.queue_head)
-      & (slot < index.queue_tail)
-    )
+    ~waits | ((ring.queue[slot] == block) & (slot >= ring.head) & (slot < ring.tail))
   )
   held["in the ring a child stands before its parent"] = jnp.all(
-    ~(waits & has_parent & waits[parent]) | (index.queue_pos < index.queue_pos[parent])
+    ~(waits & has_parent & waits[parent]) | (ring.queue_pos < ring.queue_pos[parent])
   )
   in_use = ragged.sum_int(refs > 0)
   held["capacity is conserved"] = (
@@ -153,6 +150,63 @@ def invariants(ctx: Context) -> dict[str, Array]:
   )
   if ctx.state_rows is not None:
     held |= _state_invariants(ctx, ctx.state_rows, is_free)
+  for window in ctx.windows:
+    for sentence, holds in _window_invariants(ctx, window).items():
+      held[f"sliding window of {window.sliding_window}: {sentence}"] = holds
+  return held
+
+
+def _window_invariants(ctx: Context, window: WindowBlocks) -> dict[str, Array]:
+  held: dict[str, Array] = {}
+  table, index, pool, ring = ctx.sequences, ctx.prefix, window.pool, window.ring
+  num, refs = window.num_blocks, window.pool.ref_counts
+  block = jnp.arange(num, dtype=jnp.int32)
+  listed = block < pool.num_free
+  free_ids = jnp.clip(pool.free_list, 0, num - 1)
+  at = ragged.masked(free_ids, listed, num)
+  times_free = jnp.zeros_like(refs).at[at].add(1, mode="drop")
+  is_attached = window.owner_ids > 0
+  kinds = (
+    times_free
+    + (is_attached & (refs == 0)).astype(jnp.int32)
+    + (refs > 0).astype(jnp.int32)
+  )
+  held["every block is free, attached and unheld, or referenced"] = jnp.all(
+    (kinds == 1) | (block == 0)
+  )
+  column = jnp.arange(window.block_tables.shape[1], dtype=jnp.int32)[None]
+  used = (column >= window.first_blocks[:, None]) & (column < table.num_blocks[:, None])
+  safe = jnp.clip(window.block_tables, 0, num - 1)
+  held["tables are in range and dense from their first block on"] = jnp.all(
+    (safe == window.block_tables) & ((safe > 0) == used)
+  )
+  counts = jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(int))
+  held["ref_counts equal the table entries naming each block"] = jnp.all(counts == refs)
+  needed = windows.first_needed(window, table.seq_lens)
+  held["rows hold what their next token needs"] = jnp.all(window.first_blocks <= needed)
+  held["blocks being written have one reference and are not attached"] = ~jnp.any(
+    used
+    & (column >= (table.seq_lens // window.block_size)[:, None])
+    & ((refs[safe] != 1) | is_attached[safe])
+  )
+  owner = jnp.clip(window.owner_ids, 0, ctx.config.num_blocks - 1)
+  attached = jnp.clip(window.attached_ids, 0, num - 1)
+  cached = jnp.arange(ctx.config.num_blocks, dtype=jnp.int32)
+  held["attached blocks and their owners name each other"] = jnp.all(
+    ~is_attached | (window.attached_ids[owner] == block)
+  ) & jnp.all((attached == 0) | (window.owner_ids[attached] == cached))
+  held["owners are cached"] = jnp.all((attached == 0) | (index.way_of > 0))
+  held["who holds an attached block holds its owner in that column"] = jnp.all(
+    ~used | ~is_attached[safe] | (owner[safe] == table.block_tables)
+  )
+  waits = ring.queue_pos > 0
+  held["exactly the attached blocks that nobody holds are in the ring"] = jnp.all(
+    waits == (is_attached & (refs == 0))
+  ) & (ring.num_waiting == ragged.sum_int(waits))
+  slot = jnp.clip(ring.queue_pos - 1, 0, ring.size - 1)
+  held["ring entries name their blocks"] = jnp.all(
+    ~waits | ((ring.queue[slot] == block) & (slot >= ring.head) & (slot < ring.tail))
+  )
   return held
 
 

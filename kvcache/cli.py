@@ -390,7 +390,8 @@ def _default_blocks(config: CacheConfig, wanted: list[int]) -> int:
     -(-min(tokens, config.max_seq_len) // config.block_size) for tokens in wanted
   )
   enough = 1 + sum(needs[-config.max_seqs :]) + config.max_seqs
-  return max(1 + needs[-1], min(enough, _DEFAULT_POOL_BYTES // config.bytes_per_block))
+  affordable = _DEFAULT_POOL_BYTES // max(config.bytes_per_block, 1)
+  return max(1 + needs[-1], min(enough, affordable))
 
 
 def _check_memory(config: CacheConfig) -> None:

@@ -4,8 +4,10 @@ A `CacheConfig` is hashable, so it can be a static argument of a jitted function
 is the static field of `Context`. It is made from the model's layers in model order.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +22,6 @@ NULL_STATE = 0
 """State that is all zeros: never allocated or written, read by new sequences."""
 
 _INDEX_SLOTS_PER_BLOCK = 4
-_QUEUE_SLOTS_PER_BLOCK = 3
 _QUANTISED = (np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn))
 
 
@@ -36,6 +37,10 @@ class AttentionLayer:
       once, as in multi-head latent attention.
     dtype: Element type, or None for the cache's. `int8` and `float8_e4m3fn` are
       quantised, with one float32 scale per token and head for keys and for values.
+    sliding_window: Tokens that a query sees, itself included; all before it if None.
+      Such a layer keeps its window only.
+    shared_with: Index, among the attention layers, of an earlier one that is alike and
+      whose keys and values this layer reads. It keeps nothing itself.
   """
 
   num_kv_heads: int
@@ -43,6 +48,8 @@ class AttentionLayer:
   v_head_dim: int | None = None
   is_latent: bool = False
   dtype: DTypeLike | None = None
+  sliding_window: int | None = None
+  shared_with: int | None = None
 
   def __post_init__(self):
     if self.v_head_dim is None:
@@ -50,6 +57,8 @@ class AttentionLayer:
     if self.dtype is not None:
       object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
     _check_positive(self, "num_kv_heads", "head_dim", "v_head_dim")
+    if self.sliding_window is not None:
+      _check_positive(self, "sliding_window")
     if self.is_latent and self.v_dim > self.head_dim:
       raise ValueError(
         f"v_head_dim must be at most head_dim={self.head_dim} where values are the"
@@ -60,6 +69,24 @@ class AttentionLayer:
   def v_dim(self) -> int:
     """`Dv`, elements of one value head."""
     return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+  @property
+  def kv_dtype(self) -> np.dtype:
+    """Element type of the keys and values; the cache has resolved it."""
+    return np.dtype(self.dtype)
+
+  @property
+  def is_quantised(self) -> bool:
+    """Whether keys and values have scales beside them."""
+    return self.kv_dtype in _QUANTISED
+
+  @property
+  def bytes_per_token(self) -> int:
+    """Bytes of keys, values and scales of one token."""
+    scale_bytes = 4 if self.is_quantised else 0
+    heads = (self.head_dim,) if self.is_latent else (self.head_dim, self.v_dim)
+    per_head = sum(dim * self.kv_dtype.itemsize + scale_bytes for dim in heads)
+    return self.num_kv_heads * per_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,14 +164,33 @@ Layer = AttentionLayer | RecurrentLayer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+  """Attention layers that keep the same things and have one store.
+
+  Attributes:
+    layer: What each of them keeps, its dtype resolved.
+    members: Their indices among the attention layers, in order.
+  """
+
+  layer: AttentionLayer
+  members: tuple[int, ...]
+
+  @property
+  def num_layers(self) -> int:
+    """`L`, layers of the group."""
+    return len(self.members)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
   """The static description of a `Context`.
 
   Attributes:
-    layers: The model's layers that keep something, in model order. All attention layers
-      must be alike for now, and all recurrent ones: layers that keep different things
-      form groups, which are still to come.
-    num_blocks: `N`, blocks in the pool, the null block included.
+    layers: The model's layers that keep something, in model order. Attention layers
+      that are alike form a group with a store of its own; those with a sliding window
+      have a pool of their own as well. All recurrent layers must be alike.
+    num_blocks: `N`, blocks in the pool, the null block included. They hold the tokens
+      of sequences, and the keys and values of layers without a window.
     block_size: Token positions in one block.
     max_seqs: `S`, rows of the sequence table.
     max_seq_len: Longest sequence a row can hold, in tokens. Rounded up to whole blocks.
@@ -157,6 +203,9 @@ class CacheConfig:
       prefix hit can start from them. `max_seqs` if None; 0 without recurrent layers.
     snapshot_interval: A snapshot is taken every so many blocks, besides the one at the
       last block of a prompt that an equal prompt could adopt.
+    num_window_blocks: `Nw`, blocks in the pool of each sliding window. If None, twice
+      what the windows of `max_seqs` rows can lie in, so that as much can stay cached,
+      and never more than `num_blocks`.
     max_drafts: Drafts per step that recurrent layers keep states for: each sequence
       owns `1 + max_drafts` states, one for each length at which a draft step may end.
       Attention layers need none, so without recurrent ones it says nothing.
@@ -172,6 +221,7 @@ class CacheConfig:
   index_ways: int = 16
   num_snapshots: int | None = None
   snapshot_interval: int = 16
+  num_window_blocks: int | None = None
   max_drafts: int = 0
 
   def __post_init__(self):
@@ -188,12 +238,12 @@ class CacheConfig:
         raise ValueError(
           f"layers holds {layer!r}, which is no AttentionLayer and no RecurrentLayer"
         )
-    for kind in (AttentionLayer, RecurrentLayer):
-      different = {layer for layer in self.layers if isinstance(layer, kind)}
-      if len(different) > 1:
-        raise ValueError(
-          f"all layers of a kind must be alike, got {sorted(map(str, different))}"
-        )
+    recurrent = {x for x in self.layers if isinstance(x, RecurrentLayer)}
+    if len(recurrent) > 1:
+      raise ValueError(
+        f"all recurrent layers must be alike, got {sorted(map(str, recurrent))}"
+      )
+    self._check_shared_layers()
     if self.num_snapshots is None:
       num = self.max_seqs if self.num_recurrent_layers else 0
       object.__setattr__(self, "num_snapshots", num)
@@ -217,6 +267,38 @@ class CacheConfig:
         f"num_blocks * block_size must stay below 2**31 to be addressed in int32,"
         f" got {self.num_blocks} * {self.block_size}"
       )
+
+    self._check_window_blocks()
+
+  def _check_shared_layers(self) -> None:
+    layers = self.attention_layers
+    for index, layer in enumerate(layers):
+      if (at := layer.shared_with) is None:
+        continue
+      if not 0 <= at < index or layers[at].shared_with is not None:
+        raise ValueError(
+          f"shared_with={at} of attention layer {index} must name an earlier layer that"
+          " keeps keys and values of its own"
+        )
+      if dataclasses.replace(layer, shared_with=None) != layers[at]:
+        raise ValueError(
+          f"attention layer {index} is shared with {at} and must be like it, got"
+          f" {layer}, not {layers[at]}"
+        )
+
+  def _check_window_blocks(self) -> None:
+    if self.num_window_blocks is None:
+      return
+    _check_positive(self, "num_window_blocks")
+    if not self.windows:
+      raise ValueError("num_window_blocks is given, but no layer has a sliding window")
+    for window in self.windows:
+      least = 1 + self.blocks_per_window(window)
+      if self.num_window_blocks < least:
+        raise ValueError(
+          f"num_window_blocks must be at least {least} for the null block and one"
+          f" sliding_window={window}, got {self.num_window_blocks}"
+        )
 
   @classmethod
   def from_memory(
@@ -250,20 +332,74 @@ class CacheConfig:
       sizes |= _state_sizes(num_bytes, layers, state_fraction, sizes)
     smallest = cls(layers=layers, num_blocks=2, **sizes)
     if not smallest.bytes_per_block:
-      raise ValueError("no layer keeps anything per token; pass num_blocks yourself")
-    state_bytes = smallest.num_states * smallest.bytes_per_state
-    num_blocks = int((num_bytes - state_bytes) // smallest.bytes_per_block)
+      raise ValueError(
+        "no layer keeps every token; pass num_blocks yourself, and num_window_blocks"
+      )
+    most = max(int(num_bytes // smallest.bytes_per_block), 1)
+
+    def exceeds(num_blocks: int) -> bool:
+      return dataclasses.replace(smallest, num_blocks=num_blocks).num_bytes > num_bytes
+
+    num_blocks = 1 + bisect.bisect_left(range(2, most + 1), True, key=exceeds)
     if num_blocks < 2:
-      beside = f" beside {state_bytes} bytes of recurrent states" if state_bytes else ""
+      beside = smallest.num_bytes - 2 * smallest.bytes_per_block
       raise ValueError(
         f"num_bytes={num_bytes:.0f} cannot hold the null block and one usable block of"
-        f" {smallest.bytes_per_block} bytes each{beside}"
+        f" {smallest.bytes_per_block} bytes each"
+        + (f" beside {beside} bytes of windows and states" if beside else "")
       )
     return dataclasses.replace(smallest, num_blocks=num_blocks)
 
+  @functools.cached_property
+  def attention_layers(self) -> tuple[AttentionLayer, ...]:
+    """The attention layers in model order, their dtypes resolved."""
+    return tuple(
+      dataclasses.replace(x, dtype=self.dtype if x.dtype is None else x.dtype)
+      for x in self.layers
+      if isinstance(x, AttentionLayer)
+    )
+
+  @functools.cached_property
+  def groups(self) -> tuple[LayerGroup, ...]:
+    """The attention layers that have keys and values of their own, by likeness."""
+    members: dict[AttentionLayer, list[int]] = {}
+    for index, layer in enumerate(self.attention_layers):
+      if layer.shared_with is None:
+        members.setdefault(layer, []).append(index)
+    return tuple(LayerGroup(layer=x, members=tuple(m)) for x, m in members.items())
+
+  @functools.cached_property
+  def windows(self) -> tuple[int, ...]:
+    """The sliding windows that layers have, each once."""
+    windows = (group.layer.sliding_window for group in self.groups)
+    return tuple(dict.fromkeys(w for w in windows if w is not None))
+
+  @functools.cached_property
+  def places(self) -> tuple[tuple[int, int], ...]:
+    """Of each attention layer: its group, and its place in the group's store."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, group in enumerate(self.groups):
+      found |= {layer: (index, place) for place, layer in enumerate(group.members)}
+    for layer, spec in enumerate(self.attention_layers):
+      if spec.shared_with is not None:
+        found[layer] = found[spec.shared_with]
+    return tuple(found[layer] for layer in range(self.num_layers))
+
+  def blocks_per_window(self, window: int) -> int:
+    """Most blocks that one row's window and its next token can lie in."""
+    columns = (window + self.block_size - 2) // self.block_size + 1
+    return min(columns, self.max_blocks_per_seq)
+
+  def window_pool_size(self, window: int) -> int:
+    """`Nw`, blocks in the pool of one sliding window, the null block included."""
+    if self.num_window_blocks is not None:
+      return self.num_window_blocks
+    wanted = 1 + 2 * self.max_seqs * self.blocks_per_window(window)
+    return max(1 + self.blocks_per_window(window), min(wanted, self.num_blocks))
+
   @property
   def num_layers(self) -> int:
-    """`L`, attention layers in the group."""
+    """Attention layers."""
     return sum(isinstance(layer, AttentionLayer) for layer in self.layers)
 
   @property
@@ -294,46 +430,6 @@ class CacheConfig:
     return _bytes_per_state(self.layers)
 
   @property
-  def layer(self) -> AttentionLayer:
-    """What each of the attention layers keeps, its dtype resolved."""
-    nothing = AttentionLayer(num_kv_heads=1, head_dim=1)  # of a model without any
-    attention = (x for x in self.layers if isinstance(x, AttentionLayer))
-    layer = next(attention, nothing)
-    return dataclasses.replace(
-      layer, dtype=self.dtype if layer.dtype is None else layer.dtype
-    )
-
-  @property
-  def num_kv_heads(self) -> int:
-    """`K`."""
-    return self.layer.num_kv_heads
-
-  @property
-  def head_dim(self) -> int:
-    """`D`."""
-    return self.layer.head_dim
-
-  @property
-  def v_head_dim(self) -> int:
-    """`Dv`."""
-    return self.layer.v_dim
-
-  @property
-  def is_latent(self) -> bool:
-    """Whether values are the first part of the keys."""
-    return self.layer.is_latent
-
-  @property
-  def kv_dtype(self) -> np.dtype:
-    """Element type of the keys and values."""
-    return np.dtype(self.layer.dtype)
-
-  @property
-  def is_quantised(self) -> bool:
-    """Whether keys and values have scales beside them."""
-    return self.kv_dtype in _QUANTISED
-
-  @property
   def max_blocks_per_seq(self) -> int:
     """`P`, columns of the block tables."""
     return -(-self.max_seq_len // self.block_size)
@@ -350,23 +446,25 @@ class CacheConfig:
     return 1 << (wanted - 1).bit_length()
 
   @property
-  def queue_size(self) -> int:
-    """Slots of the eviction ring. The factor makes its compaction amortised O(1)."""
-    return _QUEUE_SLOTS_PER_BLOCK * self.num_blocks
-
-  @property
   def bytes_per_block(self) -> int:
-    """Bytes of keys, values and scales in one block, all layers."""
-    scale_bytes = 4 if self.is_quantised else 0
-    heads = (self.head_dim,) if self.is_latent else (self.head_dim, self.v_head_dim)
-    per_head = sum(dim * self.kv_dtype.itemsize + scale_bytes for dim in heads)
-    return self.num_layers * self.num_kv_heads * self.block_size * per_head
+    """Bytes of keys, values and scales in one block, all layers without a window."""
+    return self.bytes_per_window_block(None)
+
+  def bytes_per_window_block(self, window: int | None) -> int:
+    """Bytes of one block of the layers with one sliding window, or with none."""
+    groups = (g for g in self.groups if g.layer.sliding_window == window)
+    per_token = sum(g.num_layers * g.layer.bytes_per_token for g in groups)
+    return self.block_size * per_token
 
   @property
   def num_bytes(self) -> int:
     """Bytes of the key, value, scale and state arrays that `init` makes."""
     return (
-      self.num_blocks * self.bytes_per_block + self.num_states * self.bytes_per_state
+      self.num_blocks * self.bytes_per_block
+      + sum(
+        self.window_pool_size(w) * self.bytes_per_window_block(w) for w in self.windows
+      )
+      + self.num_states * self.bytes_per_state
     )
 
 

@@ -5,7 +5,6 @@ row that cannot be served is returned as it was, with a `Status` that says why. 
 own `jax.jit`; with `donate_argnums=0` nothing the size of the cache is ever copied.
 """
 
-from collections.abc import Mapping
 import functools
 
 import flax.struct
@@ -19,23 +18,23 @@ from kvcache import (
   arguments,
   blocks,
   kv,
-  metadata,
   prefix,
   publishing,
   ragged,
   sequences,
   state_rows,
   states,
+  windows,
 )
 from kvcache.blocks import BlockPool
-from kvcache.config import CacheConfig, NULL_STATE
-from kvcache.errors import Status
+from kvcache.config import CacheConfig
 from kvcache.kv import KVStore
-from kvcache.metadata import StepMetadata
 from kvcache.prefix import PrefixIndex
+from kvcache.publishing import Tables
 from kvcache.sequences import SequenceTable
 from kvcache.state_rows import StateRows
 from kvcache.states import StateStore
+from kvcache.windows import WindowBlocks
 
 
 class Counters(flax.struct.PyTreeNode, kw_only=True):
@@ -49,7 +48,8 @@ class Counters(flax.struct.PyTreeNode, kw_only=True):
     num_cut: Prompts whose hit ended earlier, because the next block was not cached.
     num_evicted: Blocks evicted.
     lost_tokens: Tokens of those prompts that were cached and yet had to be computed,
-      because no snapshot of the recurrent state stood there.
+      because no snapshot of the recurrent state stood there, or the keys and values of
+      a sliding window were gone.
   """
 
   num_admitted: Array
@@ -68,7 +68,8 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
     pool: Which blocks are free, how many table entries name each.
     sequences: Which blocks each sequence owns; lengths.
     prefix: Which blocks hold which tokens; eviction order.
-    kv: Keys and values.
+    kv: Keys and values of each of `config.groups`.
+    windows: The blocks of each of `config.windows`.
     state_rows: Which recurrent states are free, live or snapshots; None if no layer is
       recurrent.
     states: The recurrent states, or None.
@@ -79,21 +80,21 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
   pool: BlockPool
   sequences: SequenceTable
   prefix: PrefixIndex
-  kv: KVStore
+  kv: tuple[KVStore, ...]
+  windows: tuple[WindowBlocks, ...]
   state_rows: StateRows | None
   states: StateStore | None
   counters: Counters
   config: CacheConfig = flax.struct.field(pytree_node=False)
 
   @property
-  def tables(self) -> publishing.Tables:
+  def tables(self) -> Tables:
     """Everything but keys, values and states: what the bookkeeping loops carry."""
-    return self.pool, self.sequences, self.prefix, self.state_rows
+    return Tables(self.pool, self.sequences, self.prefix, self.state_rows, self.windows)
 
-  def with_tables(self, tables: publishing.Tables) -> "Context":
+  def with_tables(self, tables: Tables) -> "Context":
     """The same context with other bookkeeping."""
-    pool, table, index, rows = tables
-    return self.replace(pool=pool, sequences=table, prefix=index, state_rows=rows)
+    return self.replace(**tables._asdict())
 
 
 def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
@@ -125,14 +126,27 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
       block_size=config.block_size,
       num_buckets=config.num_buckets,
       num_ways=config.index_ways,
-      queue_size=config.queue_size,
       salt=salts,
     ),
-    kv=kv.init(
-      config.layer,
-      num_layers=config.num_layers,
-      num_blocks=config.num_blocks,
-      block_size=config.block_size,
+    kv=tuple(
+      kv.init(
+        group.layer,
+        num_layers=group.num_layers,
+        num_blocks=_pool_size(config, group.layer.sliding_window),
+        block_size=config.block_size,
+      )
+      for group in config.groups
+    ),
+    windows=tuple(
+      windows.init(
+        sliding_window=window,
+        num_window_blocks=config.window_pool_size(window),
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_seqs=config.max_seqs,
+        max_blocks_per_seq=config.max_blocks_per_seq,
+      )
+      for window in config.windows
     ),
     state_rows=rows,
     states=store,
@@ -143,6 +157,10 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
   )
 
 
+def _pool_size(config: CacheConfig, window: int | None) -> int:
+  return config.num_blocks if window is None else config.window_pool_size(window)
+
+
 def bookkeeping_bytes(config: CacheConfig) -> int:
   """Bytes of every array that `init` makes except keys, values and states."""
   shapes = jax.tree.leaves(jax.eval_shape(functools.partial(init, config)))
@@ -150,323 +168,98 @@ def bookkeeping_bytes(config: CacheConfig) -> int:
   return total - config.num_bytes
 
 
-# --- A step ---------------------------------------------------------------------------
-
-
-def extend(
-  ctx: Context,
-  query_lens: ArrayLike,
-  *,
-  num_tokens: int | None = None,
-  order: ArrayLike | None = None,
-) -> tuple[Context, Array]:
-  """Makes room for each row's next tokens. Never evicts.
-
-  Args:
-    ctx: The context.
-    query_lens: `[S]` int32. New tokens of each row; 0 for rows not in the step.
-    num_tokens: Static bound on their sum. The work is `S + num_tokens // block_size`
-      entries. Omitted for a decode step: at most one token per row.
-    order: `[S]` int32 permutation. The row served first, second and so on; row order if
-      omitted.
-
-  Returns:
-    `(ctx, status [S])`. Rows are served first come, first served: one that does not
-    fit, and every later one that needs a block, gets `NO_BLOCKS`; likewise
-    `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
-    (negative) rows take nothing from others.
-  """
-  config, table = ctx.config, ctx.sequences
-  query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
-  if order is not None:
-    order = arguments.as_int32("order", order, shape=(config.max_seqs,))
-  asks = query_lens > 0
-  room = config.max_tokens_per_seq - table.seq_lens
-  status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
-  status = jnp.where(asks & (query_lens > room), Status.TOO_LONG, status)
-  status = jnp.where(asks & ~table.is_active, Status.INACTIVE, status)
-  status = jnp.where(query_lens < 0, Status.INVALID, status)
-  if num_tokens is None:
-    in_budget = query_lens <= 1
-  else:
-    wanted = jnp.where(status == Status.OK, query_lens, 0)
-    _, in_budget = ragged.first_come(wanted, jnp.int32(num_tokens), order=order)
-  status = jnp.where((status == Status.OK) & ~in_budget, Status.OVER_BUDGET, status)
-
-  num_wanted = (table.seq_lens + query_lens + (config.block_size - 1)) // (
-    config.block_size
-  )
-  need = jnp.maximum(num_wanted - table.num_blocks, 0)
-  need = jnp.where((status == Status.OK) & asks, need, 0)
-  _, fits = ragged.first_come(need, ctx.pool.num_free, order=order)
-  status = jnp.where(fits, status, Status.NO_BLOCKS)
-  need = jnp.where(fits, need, 0)
-
-  if num_tokens is None:
-    wants = need > 0
-    rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
-    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants)
-    columns = table.num_blocks
-  else:
-    num_entries = config.max_seqs + num_tokens // config.block_size
-    pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
-    rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
-    columns = table.num_blocks[rows] + given.offsets
-  table = sequences.set_blocks(table, rows, columns, block_ids, wants)
-  table = table.replace(num_blocks=table.num_blocks + need)
-  return ctx.replace(pool=pool, sequences=table), status
-
-
-def step_metadata(
-  ctx: Context,
-  query_lens: ArrayLike,
-  *,
-  num_tokens: int | None = None,
-  num_logits: int = 1,
-) -> StepMetadata:
-  """Builds the view of the context that one model step needs.
-
-  Args:
-    ctx: The context, after `extend`.
-    query_lens: `[S]` int32. New tokens of each row. Rows get no more than they have
-      room for.
-    num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode
-      step: `T = S` and token `s` belongs to row `s`.
-    num_logits: Static. Logits wanted of each row: of its last token, or of its first
-      `num_logits` tokens, to check drafts. More than 1 needs `num_tokens`, and with
-      recurrent layers rows get no more than `num_logits` tokens.
-
-  Raises:
-    ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range: with
-      recurrent layers it is at most `1 + config.max_drafts`.
-  """
-  config = ctx.config
-  if num_logits < 1 or (num_logits > 1 and num_tokens is None):
-    raise ValueError(
-      f"num_logits must be 1 in a decode step and at least 1 else, got {num_logits}"
-    )
-  query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
-  if num_logits > 1 and ctx.state_rows is not None:
-    if num_logits > 1 + config.max_drafts:
-      raise ValueError(
-        f"num_logits must be at most 1 + max_drafts = {1 + config.max_drafts} with"
-        f" recurrent layers, got {num_logits}"
-      )
-    query_lens = jnp.minimum(query_lens, num_logits)
-  return metadata.build(
-    ctx.sequences,
-    query_lens,
-    num_tokens=num_tokens,
-    num_blocks=config.num_blocks,
-    block_size=config.block_size,
-    num_logits=num_logits,
-  )
-
-
-def write_kv(
-  ctx: Context,
-  layer: ArrayLike,
-  k: Array,
-  v: Array | None,
-  metadata: StepMetadata,
-) -> Context:
-  """Stores the keys and values of a step's tokens in one layer.
-
-  Args:
-    ctx: The context.
-    layer: `[]` int32, may be traced: index of the attention layer.
-    k: `[T, K, D]`, cast or quantised to the layer's dtype.
-    v: `[T, K, Dv]`; None for latent layers, whose values are the first part of `k`.
-    metadata: Of this step.
-  """
-  config = ctx.config
-  shape = (metadata.num_tokens, config.num_kv_heads)
-  if k.shape != (*shape, config.head_dim):
-    raise ValueError(f"k must have shape {(*shape, config.head_dim)}, got {k.shape}")
-  if config.is_latent:
-    if v is not None:
-      raise ValueError("v must be None: values of latent layers are part of k")
-  elif v is None or v.shape != (*shape, config.v_head_dim):
-    got = None if v is None else v.shape
-    raise ValueError(f"v must have shape {(*shape, config.v_head_dim)}, got {got}")
-  return ctx.replace(kv=kv.write(ctx.kv, layer, k, v, metadata.slot_mapping))
-
-
-def read_state(
-  ctx: Context, layer: ArrayLike, metadata: StepMetadata
-) -> dict[str, Array]:
-  """Reads the states of one recurrent layer that a step starts from.
-
-  Args:
-    ctx: The context, after `extend` and before `commit`.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
-    metadata: Of this step.
-
-  Returns:
-    Name -> `[S, ...]`: each row's state before its new tokens; zeros where it has none.
-  """
-  rows, store = _recurrent(ctx)
-  in_step = metadata.query_lens > 0
-  return states.read(store, layer, jnp.where(in_step, rows.source_ids, NULL_STATE))
-
-
-def write_state(
-  ctx: Context, layer: ArrayLike, state: Mapping[str, Array], metadata: StepMetadata
-) -> Context:
-  """Stores the states of one recurrent layer after a step's tokens.
-
-  Every recurrent layer must be written in every step before `commit`.
-
-  Args:
-    ctx: The context.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
-    state: Name -> `[S, ...]`, cast to the layer's dtypes; in a draft step
-      `[S, num_logits, ...]`, entry `i` after the row's token `i`. Rows that are not in
-      the step, and entries past a row's tokens, are ignored.
-    metadata: Of this step.
-
-  Raises:
-    ValueError: Names or shapes are not those of the layer.
-  """
-  rows, store = _recurrent(ctx)
-  in_step, state_ids = metadata.query_lens > 0, rows.state_ids[:, 0]
-  if metadata.num_logits > 1:
-    entry = jnp.arange(metadata.num_logits, dtype=jnp.int32)[None]
-    in_step = entry < metadata.query_lens[:, None]
-    state_ids = rows.state_ids[:, : metadata.num_logits]
-  wanted = {
-    name: (*state_ids.shape, *pool.shape[2:]) for name, pool in store.arrays.items()
-  }
-  got = {name: jnp.shape(array) for name, array in state.items()}
-  if got != wanted:
-    raise ValueError(f"state must have shapes {wanted}, got {got}")
-  state_ids = ragged.masked(state_ids, in_step, store.num_states)
-  return ctx.replace(states=states.write(store, layer, state, state_ids))
-
-
-def _recurrent(ctx: Context) -> tuple[StateRows, StateStore]:
+def recurrent_parts(ctx: Context) -> tuple[StateRows, StateStore]:
+  """The bookkeeping of recurrent states and their store; `ValueError` without any."""
   if ctx.state_rows is None or ctx.states is None:
     raise ValueError("the context has no recurrent layer; name it in config.layers")
   return ctx.state_rows, ctx.states
-
-
-def commit(
-  ctx: Context,
-  tokens: ArrayLike,
-  metadata: StepMetadata,
-  *,
-  accepted: ArrayLike | None = None,
-) -> Context:
-  """Makes a step's tokens part of their sequences.
-
-  A row that comes to a length where a snapshot of its recurrent state is wanted (every
-  `config.snapshot_tokens`, and after the last block of its prompt that an equal prompt
-  could adopt) leaves one behind if a state is spare; `evict_snapshots` makes some so.
-  In a draft step so does a row that passes such a length.
-
-  Args:
-    ctx: The context.
-    tokens: `[T]` int32, the tokens the model computed.
-    metadata: Of this step.
-    accepted: `[S]` int32. How many of each row's tokens stay; all if omitted, none if
-      negative. The next step overwrites the others. With recurrent layers only in a
-      draft step, and there a row in the step keeps its first token in any case: the
-      state before it may be overwritten.
-
-  Raises:
-    ValueError: `accepted` is given, a layer is recurrent, and the step is no draft
-      step: only the states after the rows' last tokens were kept.
-  """
-  tokens = arguments.as_int32("tokens", tokens, shape=(metadata.num_tokens,))
-  num_new = metadata.query_lens
-  if accepted is not None:
-    least = 0 if ctx.state_rows is None else 1
-    if least and metadata.num_logits == 1:
-      raise ValueError(
-        "accepted needs a draft step (num_logits > 1) with recurrent layers: they keep"
-        " the state after a row's last token only"
-      )
-    accepted = arguments.as_int32("accepted", accepted, shape=(ctx.config.max_seqs,))
-    num_new = jnp.minimum(jnp.maximum(accepted, least), num_new)
-  index = prefix.store_tokens(ctx.prefix, metadata.slot_mapping, tokens)
-  table = ctx.sequences.replace(seq_lens=ctx.sequences.seq_lens + num_new)
-  rows = ctx.state_rows
-  if rows is not None:
-    rows = _advance_states(ctx, rows, num_new, metadata.num_logits)
-  return ctx.replace(sequences=table, prefix=index, state_rows=rows)
-
-
-def tokens_to_snapshot(ctx: Context) -> Array:
-  """`[S]` int32: tokens from each row's length to where its state is wanted next.
-
-  A loop ends its chunks there, since states are kept between steps, and in draft steps
-  only. Without recurrent layers they are many.
-  """
-  seq_lens = ctx.sequences.seq_lens
-  if ctx.state_rows is None:
-    return jnp.full_like(seq_lens, 2**31 - 1)
-  interval = ctx.config.snapshot_tokens
-  return state_rows.next_wanted(ctx.state_rows, seq_lens, interval=interval) - seq_lens
-
-
-def _advance_states(
-  ctx: Context, rows: StateRows, num_new: Array, num_logits: int
-) -> StateRows:
-  """Lets sequences go on from the states just written; keeps some as snapshots."""
-  config, before = ctx.config, ctx.sequences.seq_lens[:, None]
-  ends = before + num_new[:, None]  # [S, W]: the lengths at which states were written
-  if num_logits > 1:
-    ends = before + jnp.arange(1, num_logits + 1, dtype=jnp.int32)[None]
-    before = ends - 1
-  wanted = state_rows.next_wanted(rows, before, interval=config.snapshot_tokens)
-  stays = (ends > before) & (ends <= (ctx.sequences.seq_lens + num_new)[:, None])
-  column = jnp.clip(ends // config.block_size - 1, 0, config.max_blocks_per_seq - 1)
-  block_ids = jnp.take_along_axis(ctx.sequences.block_tables, column, axis=1)
-  stands_at = jnp.maximum(num_new - 1, 0) if num_logits > 1 else jnp.zeros_like(num_new)
-  return state_rows.advance(
-    rows, num_new > 0, stands_at, stays & (ends == wanted), block_ids
-  )
 
 
 # --- The prefix index -----------------------------------------------------------------
 
 
 def publish(ctx: Context) -> Context:
-  """Puts every full block into the prefix index.
+  """Puts every full block into the prefix index, and lets sliding windows move on.
 
-  `admit`, `fork` and `finish` do it first.
+  `admit`, `fork` and `finish` do it first. Blocks behind a window stay cached until
+  evicted.
   """
-  return ctx.with_tables(
-    publishing.publish(ctx.tables, chunk_size=ctx.config.chunk_size)
+  size = ctx.config.chunk_size
+  ctx = ctx.with_tables(publishing.publish(ctx.tables, chunk_size=size))
+  return ctx.replace(
+    windows=tuple(
+      windows.trim(window, ctx.sequences, chunk_size=size) for window in ctx.windows
+    )
   )
 
 
 def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   """Frees up to `count` cached blocks that nobody holds, least recently used first.
 
+  What is kept beside them, in sliding windows and as snapshots, goes with them.
+
   Returns:
     `(ctx, num_evicted [])`.
   """
   count = arguments.as_int32("count", count, shape=())
 
-  def go(state: tuple[BlockPool, PrefixIndex, StateRows | None, Array]):
-    pool, index, rows, left = state
+  def go(state: tuple[Tables, Array]) -> tuple[Tables, Array]:
+    (pool, table, index, rows, window_blocks), left = state
     index, block_ids, mask = prefix.pop(index, left, num_entries=ctx.config.chunk_size)
     if rows is not None:
       rows = state_rows.drop(rows, block_ids, mask)
+    window_blocks = tuple(windows.detach(w, block_ids, mask) for w in window_blocks)
     pool = blocks.push(pool, block_ids, mask)
-    return pool, index, rows, left - ragged.sum_int(mask)
+    tables = Tables(pool, table, index, rows, window_blocks)
+    return tables, left - ragged.sum_int(mask)
 
   # Ends because every round frees a block or moves the ring's head on.
-  pool, index, rows, left = jax.lax.while_loop(
-    lambda state: (state[3] > 0) & (state[1].num_evictable > 0),
+  tables, left = jax.lax.while_loop(
+    lambda state: (state[1] > 0) & (state[0].prefix.num_evictable > 0),
     go,
-    (ctx.pool, ctx.prefix, ctx.state_rows, count),
+    (ctx.tables, count),
   )
   num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
   counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + total(num))
-  ctx = ctx.replace(pool=pool, prefix=index, state_rows=rows, counters=counters)
-  return ctx, num
+  return ctx.with_tables(tables).replace(counters=counters), num
+
+
+def evict_window_blocks(ctx: Context, counts: ArrayLike) -> tuple[Context, Array]:
+  """Frees cached blocks of sliding windows that no row holds, oldest first.
+
+  The blocks of the context that stand for the same tokens stay cached; prefix hits that
+  need what is gone end earlier.
+
+  Args:
+    ctx: The context.
+    counts: `[W]` int32. How many to free at most, for each of `config.windows`.
+
+  Returns:
+    `(ctx, num_evicted [W])`.
+  """
+  counts = arguments.as_int32("counts", counts, shape=(len(ctx.windows),))
+  results = [
+    windows.evict(window, counts[i], num_entries=ctx.config.chunk_size)
+    for i, window in enumerate(ctx.windows)
+  ]
+  ctx = ctx.replace(windows=tuple(window for window, _ in results))
+  return ctx, jnp.array([num for _, num in results], jnp.int32)
+
+
+def make_room(ctx: Context, num_blocks: ArrayLike) -> Context:
+  """Evicts until `num_blocks` are free in every pool, or no more can be."""
+  num_blocks = jnp.asarray(num_blocks, jnp.int32)
+  ctx, _ = evict(ctx, jnp.maximum(num_blocks - ctx.pool.num_free, 0))
+  if ctx.windows:
+    free = jnp.stack([window.pool.num_free for window in ctx.windows])
+    ctx, _ = evict_window_blocks(ctx, jnp.maximum(num_blocks - free, 0))
+  return ctx
+
+
+def num_free(ctx: Context) -> Array:
+  """`[]` int32: blocks that are free in every pool."""
+  pools = [ctx.pool, *(window.pool for window in ctx.windows)]
+  return jnp.min(jnp.stack([pool.num_free for pool in pools]))
 
 
 def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
@@ -478,7 +271,7 @@ def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
     `(ctx, num_evicted [])`.
   """
   count = arguments.as_int32("count", count, shape=())
-  rows, num = state_rows.evict(_recurrent(ctx)[0], count)
+  rows, num = state_rows.evict(recurrent_parts(ctx)[0], count)
   return ctx.replace(state_rows=rows), num
 
 

@@ -18,7 +18,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged
+from kvcache import context, ragged, stepping
 from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.errors import Status
@@ -43,9 +43,10 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     model: `model(tokens [T], metadata, ctx) -> (logits [S, vocab], ctx)`, with the
       vocabulary of the model it drafts for. A `jax.tree_util.Partial` if it owns
       arrays.
-    config: Of the draft context: as many rows as the one it drafts for, and layers of
-      which none is recurrent. `max_seqs * max_blocks_per_seq` blocks and the null block
-      are enough for all; rows that find none, or grow too long, have no drafts.
+    config: Of the draft context: as many rows as the one it drafts for, and layers that
+      keep every token: none is recurrent or has a sliding window.
+      `max_seqs * max_blocks_per_seq` blocks and the null block are enough for all; rows
+      that find none, or grow too long, have no drafts.
     num_drafts: `J`, drafts per row.
     chunk_size: Tokens that rows catch up with in one step, all together: at least two
       per row.
@@ -72,6 +73,11 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
         "config has recurrent layers: their states cannot go back to where drafts were"
         " rejected"
       )
+    if self.config.windows:
+      raise ValueError(
+        f"config has sliding windows {self.config.windows}: what is behind them is gone"
+        " when drafts are rejected"
+      )
 
   def init(self) -> Context:
     """Makes the draft context; its rows are active for good."""
@@ -95,13 +101,13 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     ctx = _go_back(ctx, tokens, lengths, requests.namespaces[ids], is_live)
     lacks = jnp.where(is_live, lengths - ctx.sequences.seq_lens, 0)
     query_lens = _share(lacks, self.chunk_size)
-    ctx, status = context.extend(ctx, query_lens, num_tokens=self.chunk_size)
+    ctx, status = stepping.extend(ctx, query_lens, num_tokens=self.chunk_size)
     query_lens = jnp.where(status == Status.OK, query_lens, 0)
-    metadata = context.step_metadata(ctx, query_lens, num_tokens=self.chunk_size)
+    metadata = stepping.step_metadata(ctx, query_lens, num_tokens=self.chunk_size)
     at = jnp.minimum(metadata.positions, requests.capacity - 1)
     packed = tokens[metadata.seq_ids, at]
     logits, ctx = self.model(packed, metadata, ctx)
-    ctx = context.commit(ctx, packed, metadata)
+    ctx = stepping.commit(ctx, packed, metadata)
     drafting = (query_lens > 0) & (ctx.sequences.seq_lens == lengths)
     first = sampler(logits, batch.settings, lengths)
     drafts = jnp.zeros((S, self.num_drafts), jnp.int32).at[:, 0].set(first)
@@ -109,11 +115,11 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     def draft(i: Array, carry: tuple[Context, Array, Array, Array]):
       ctx, drafts, drafting, num = carry
       last = lax.dynamic_index_in_dim(drafts, i - 1, axis=1, keepdims=False)
-      ctx, status = context.extend(ctx, drafting.astype(jnp.int32))
+      ctx, status = stepping.extend(ctx, drafting.astype(jnp.int32))
       drafting &= status == Status.OK
-      metadata = context.step_metadata(ctx, drafting.astype(jnp.int32))
+      metadata = stepping.step_metadata(ctx, drafting.astype(jnp.int32))
       logits, ctx = self.model(last, metadata, ctx)
-      ctx = context.commit(ctx, last, metadata)
+      ctx = stepping.commit(ctx, last, metadata)
       after = sampler(logits, batch.settings, lengths + i)
       drafts = lax.dynamic_update_index_in_dim(drafts, after, i, axis=1)
       return ctx, drafts, drafting, num + drafting.astype(jnp.int32)

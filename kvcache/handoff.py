@@ -26,10 +26,12 @@ from kvcache import (
   sequences,
   state_rows,
   states,
+  windows,
 )
 from kvcache.context import Context, publish
 from kvcache.errors import Status
 from kvcache.kv import KVStore
+from kvcache.publishing import Tables
 
 
 class SequenceState(flax.struct.PyTreeNode, kw_only=True):
@@ -40,7 +42,9 @@ class SequenceState(flax.struct.PyTreeNode, kw_only=True):
     lengths: `[F]` int32.
     namespaces: `[F]` int32.
     is_valid: `[F]` bool. Entries that hold a sequence.
-    kv: Keys, values and scales as the context stores them, `[F * C, L, K, ...]` each.
+    kv: Of each group, keys, values and scales as the context stores them,
+      `[F * C, L, K, ...]` each. Groups with a sliding window of `W` have the last
+      `W - 1` tokens of each sequence instead of `C`.
     states: Recurrent states, name -> `[R, F, ...]`; empty without recurrent layers.
   """
 
@@ -48,7 +52,7 @@ class SequenceState(flax.struct.PyTreeNode, kw_only=True):
   lengths: Array
   namespaces: Array
   is_valid: Array
-  kv: KVStore
+  kv: tuple[KVStore, ...]
   states: dict[str, Array]
 
   @property
@@ -81,17 +85,26 @@ def export_sequences(
   lengths = table.seq_lens[rows]
   is_valid = in_range & table.is_active[rows] & (lengths <= max_len)
   lengths = jnp.where(is_valid, lengths, 0)
-  slots = _slots(ctx, rows, max_len)
   live = {}
   if ctx.state_rows is not None and ctx.states is not None:
     ids = jnp.where(is_valid, ctx.state_rows.source_ids[rows], 0)
     live = {name: pool[:, ids] for name, pool in ctx.states.arrays.items()}
+  position = jnp.arange(max_len, dtype=jnp.int32)[None]
+  slots = _slots(ctx, table.block_tables, rows, position)
+  stores = []
+  for group, store in zip(config.groups, ctx.kv, strict=True):
+    window = group.layer.sliding_window
+    at = slots
+    if window is not None:
+      tables = ctx.windows[config.windows.index(window)].block_tables
+      at = _slots(ctx, tables, rows, _window_positions(lengths, window))
+    stores.append(kv.read_tokens(store, at))
   return SequenceState(
     tokens=ctx.prefix.block_tokens.reshape(-1)[slots].reshape(-1, max_len),
     lengths=lengths,
     namespaces=jnp.where(is_valid, table.namespaces[rows], 0),
     is_valid=is_valid,
-    kv=kv.read_tokens(ctx.kv, slots),
+    kv=tuple(stores),
     states=live,
   )
 
@@ -119,7 +132,7 @@ def import_sequences(
   _check_layers(ctx, state)
   ctx = publish(ctx)
   config, (num_seqs, max_len) = ctx.config, state.tokens.shape
-  pool, table, index, live_states = ctx.tables
+  pool, table, index, live_states, window_blocks = ctx.tables
   lengths, size = state.lengths, config.block_size
   status = jnp.full(num_seqs, Status.OK, jnp.int32)
   status = jnp.where(lengths > config.max_tokens_per_seq, Status.TOO_LONG, status)
@@ -133,6 +146,12 @@ def import_sequences(
   status = jnp.where(wanted & ~has_row, Status.NO_ROW, status)
   need = jnp.where(has_row, (lengths + (size - 1)) // size - num_hits, 0)
   _, fits = ragged.first_come(need, pool.num_free)
+  window_firsts = [windows.first_needed(window, lengths) for window in window_blocks]
+  window_needs = []
+  for window, first in zip(window_blocks, window_firsts, strict=True):
+    wanted_here = jnp.where(has_row, (lengths + (size - 1)) // size - first, 0)
+    fits &= ragged.first_come(wanted_here, window.pool.num_free)[1]
+    window_needs.append(wanted_here)
   status = jnp.where(has_row & ~fits, Status.NO_BLOCKS, status).astype(jnp.int32)
   ok = status == Status.OK
   rows = sequences.inactive_rows(table, num_seqs)[ragged.ranks(ok)]
@@ -158,19 +177,43 @@ def import_sequences(
   table = sequences.set_blocks(
     table, rows[given.rows], columns, given.block_ids, given.is_valid
   )
+  window_blocks = tuple(
+    windows.begin(
+      window,
+      rows,
+      first,
+      jnp.where(ok, wanted_here, 0),
+      num_entries=num_seqs * min(window.num_columns, -(-max_len // size)),
+    )
+    for window, first, wanted_here in zip(
+      window_blocks, window_firsts, window_needs, strict=True
+    )
+  )
   if live_states is not None and ctx.states is not None:
     live_states, to = state_rows.adopt(live_states, rows, ok, lengths > 0)
     ctx = ctx.replace(states=states.put(ctx.states, state.states, to))
-  ctx = ctx.with_tables((pool, table, index, live_states))
+  tables = Tables(pool, table, index, live_states, window_blocks)
+  ctx = ctx.with_tables(tables)
 
+  here = jnp.minimum(rows, config.max_seqs - 1)
   position = jnp.arange(max_len, dtype=jnp.int32)[None]
   is_new = (position >= (num_hits * size)[:, None]) & (position < lengths[:, None])
   is_new = (is_new & ok[:, None]).reshape(-1)
-  slots = _slots(ctx, jnp.minimum(rows, config.max_seqs - 1), max_len)
+  slots = _slots(ctx, table.block_tables, here, position)
   slots = ragged.masked(slots, is_new, config.num_blocks * size)
   index = prefix.store_tokens(ctx.prefix, slots, state.tokens.reshape(-1))
-  store = kv.write_tokens(ctx.kv, state.kv, slots)
-  return ctx.replace(prefix=index, kv=store), jnp.where(ok, rows, -1), status
+  stores = []
+  for group, store, tokens in zip(config.groups, ctx.kv, state.kv, strict=True):
+    width, at = group.layer.sliding_window, slots
+    if width is not None:
+      window = window_blocks[config.windows.index(width)]
+      position = _window_positions(lengths, width)
+      is_kept = ((position >= 0) & ok[:, None]).reshape(-1)
+      at = _slots(ctx, window.block_tables, here, position)
+      at = ragged.masked(at, is_kept, window.num_blocks * size)
+    stores.append(kv.write_tokens(store, tokens, at))
+  ctx = ctx.replace(prefix=index, kv=tuple(stores))
+  return ctx, jnp.where(ok, rows, -1), status
 
 
 def offload(ctx: Context, seq_ids: ArrayLike) -> tuple[Context, SequenceState]:
@@ -201,13 +244,18 @@ _export = jax.jit(export_sequences, static_argnames="max_len")
 _finish = jax.jit(lifecycle.finish, donate_argnums=0)
 
 
-def _slots(ctx: Context, rows: Array, max_len: int) -> Array:
-  """`[F * C]` int32: where each token of each row stands."""
-  size, table = ctx.config.block_size, ctx.sequences
-  position = jnp.arange(max_len, dtype=jnp.int32)
-  column = jnp.minimum(position // size, table.max_blocks_per_seq - 1)
-  ids = table.block_tables[rows[:, None], column[None]]
-  return (ids * size + (position % size)[None]).reshape(-1)
+def _slots(ctx: Context, block_tables: Array, rows: Array, positions: Array) -> Array:
+  """`[F * C]` int32: where the tokens at `positions [F or 1, C]` of each row stand."""
+  size = ctx.config.block_size
+  column = jnp.clip(positions // size, 0, block_tables.shape[1] - 1)
+  ids = block_tables[rows[:, None], column]
+  return (ids * size + positions % size).reshape(-1)
+
+
+def _window_positions(lengths: Array, sliding_window: int) -> Array:
+  """`[F, W - 1]` int32: what the next token's window sees; negative for nothing."""
+  offset = jnp.arange(sliding_window - 1, dtype=jnp.int32)[None]
+  return lengths[:, None] - (sliding_window - 1) + offset
 
 
 def _check_layers(ctx: Context, state: SequenceState) -> None:

@@ -1,5 +1,7 @@
 """Sequences come and go: admit, find, fork, rewind, finish and reset."""
 
+from collections.abc import Sequence
+
 import flax.struct
 from jax import Array
 import jax.numpy as jnp
@@ -15,11 +17,16 @@ from kvcache import (
   sequences,
   state_rows,
   states,
+  windows,
 )
+from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK, NULL_STATE
 from kvcache.context import Context, init, publish, total
 from kvcache.errors import Status
+from kvcache.kv import KVStore
+from kvcache.publishing import Tables
 from kvcache.state_rows import StateRows
+from kvcache.windows import WindowBlocks
 
 
 class Admission(flax.struct.PyTreeNode, kw_only=True):
@@ -49,7 +56,8 @@ def admit(
 
   A row adopts whole blocks, and at most `length - 1` tokens, since the last one must be
   computed to have logits. With recurrent layers the prefix ends where a snapshot of the
-  state stands, and the row starts from it. Prompts of one call do not see each other's
+  state stands, and the row starts from it; with sliding windows, where all that the
+  windows need is cached. Prompts of one call do not see each other's
   tokens: nothing is computed yet. Prompts are served in order; the row is the lowest
   one free.
 
@@ -91,7 +99,7 @@ def admit_published(
   lengths = arguments.as_int32("lengths", lengths, shape=(num_prompts,))
   namespaces = arguments.as_namespaces(namespace, num_prompts)
 
-  pool, table, index, live_states = ctx.tables
+  pool, table, index, live_states, window_blocks = ctx.tables
   status = jnp.full(num_prompts, Status.OK, jnp.int32)
   status = jnp.where(lengths > max_len, Status.INVALID, status)
   status = jnp.where(lengths > config.max_tokens_per_seq, Status.TOO_LONG, status)
@@ -141,6 +149,9 @@ def admit_published(
       last_blocks=jnp.where(num_hits > 0, last[:, 0], NULL_BLOCK),
       wanted_lens=num_full * config.block_size,
     )
+  window_blocks = tuple(
+    windows.start(window, rows, block_ids, num_hits) for window in window_blocks
+  )
   counters = ctx.counters
   counters = counters.replace(
     num_admitted=counters.num_admitted + total(ok),
@@ -151,7 +162,7 @@ def admit_published(
     lost_tokens=counters.lost_tokens
     + total(jnp.where(ok, num_lost * config.block_size, 0)),
   )
-  tables = pool, table, index, live_states
+  tables = Tables(pool, table, index, live_states, window_blocks)
   ctx = ctx.with_tables(tables).replace(counters=counters)
   seq_ids = jnp.where(ok, rows, -1)
   return ctx, Admission(seq_ids=seq_ids, num_cached=num_cached, status=status)
@@ -183,12 +194,21 @@ def find(
 def _find(
   ctx: Context, tokens: Array, num_full: Array, namespaces: Array
 ) -> tuple[Array, Array, Array]:
-  """Blocks to adopt, how many, and how many more are cached but without a state."""
+  """Blocks to adopt, how many, and how many more are cached but of no use.
+
+  A hit ends where everything stands that the next token needs: the recurrent state and
+  the keys and values of sliding windows.
+  """
   block_ids, num_cached = match(ctx, tokens, num_full, namespaces)
-  if ctx.state_rows is None:
+  if ctx.state_rows is None and not ctx.windows:
     return block_ids, num_cached, jnp.zeros_like(num_cached)
-  num_hits = state_rows.cut_hits(ctx.state_rows, block_ids, num_cached)
   column = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
+  is_end = column < num_cached[:, None]
+  for window in ctx.windows:
+    is_end &= windows.may_end(window, block_ids)
+  if ctx.state_rows is not None:
+    is_end &= state_rows.may_end(ctx.state_rows, block_ids)
+  num_hits = jnp.max(jnp.where(is_end, column + 1, 0), axis=1, initial=0)
   block_ids = jnp.where(column < num_hits[:, None], block_ids, NULL_BLOCK)
   return block_ids, num_hits, num_cached - num_hits
 
@@ -228,7 +248,7 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   config = ctx.config
   src = arguments.as_int32("src", src, ndim=1)
   ctx = publish(ctx)
-  pool, table, index, live_states = ctx.tables
+  pool, table, index, live_states, window_blocks = ctx.tables
   in_range = (src >= 0) & (src < config.max_seqs)
   source = jnp.where(in_range, src, 0)
   live = in_range & table.is_active[source]
@@ -237,7 +257,8 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   seq_lens = table.seq_lens[source]
   num_full = seq_lens // config.block_size
   is_partial = seq_lens % config.block_size > 0
-  _, fits = ragged.first_come((has_row & is_partial).astype(jnp.int32), pool.num_free)
+  copies_last = has_row & is_partial
+  fits = _fits(copies_last, pool) & _all_fit(window_blocks, copies_last)
   ok = has_row & fits
   status = jnp.where(fits, Status.OK, Status.NO_BLOCKS)
   status = jnp.where(has_row, status, Status.NO_ROW)
@@ -268,12 +289,47 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
     num_frozen=num_full,
     is_sealed=table.is_sealed[source],
   )
-  store = kv.copy_blocks(ctx.kv, partial, to)
+  forked = [
+    windows.fork(window, source, rows, ok, num_full=num_full, copies=ok & is_partial)
+    for window in window_blocks
+  ]
+  window_blocks = tuple(window for window, *_ in forked)
+  stores = _copy_blocks(ctx, (partial, to), [copied for _, *copied in forked])
   if live_states is not None and ctx.states is not None:
     live_states, copies = state_rows.fork(live_states, source, rows, ok)
     ctx = ctx.replace(states=states.copy(ctx.states, *copies))
-  ctx = ctx.with_tables((pool, table, index, live_states)).replace(kv=store)
+  tables = Tables(pool, table, index, live_states, window_blocks)
+  ctx = ctx.with_tables(tables).replace(kv=stores)
   return ctx, jnp.where(ok, rows, -1), status
+
+
+def _fits(wants: Array, pool: BlockPool) -> Array:
+  """Whether each of those who want one block gets it, first come, first served."""
+  return ragged.first_come(wants.astype(jnp.int32), pool.num_free)[1]
+
+
+def _all_fit(window_blocks: Sequence[WindowBlocks], wants: Array) -> Array:
+  """Whether they get one in each of the windows' pools."""
+  fits = jnp.ones_like(wants)
+  for window in window_blocks:
+    fits &= _fits(wants, window.pool)
+  return fits
+
+
+def _copy_blocks(
+  ctx: Context,
+  copied: tuple[Array, Array],
+  window_copied: Sequence[Sequence[Array]],
+) -> tuple[KVStore, ...]:
+  """Copies keys and values `from, to`, in the pool and in each of the windows'."""
+  stores = []
+  for group, store in zip(ctx.config.groups, ctx.kv, strict=True):
+    window = group.layer.sliding_window
+    at = copied
+    if window is not None:
+      at = window_copied[ctx.config.windows.index(window)]
+    stores.append(kv.copy_blocks(store, at[0], at[1]))
+  return tuple(stores)
 
 
 def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
@@ -281,7 +337,8 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
 
   A last block that is then partial is copied if it is shared or cached, since it will
   be written again. A recurrent state has no way back: with recurrent layers a row can
-  only return to length 0, or to the end of a block that has a snapshot.
+  only return to length 0, or to the end of a block that has a snapshot. With sliding
+  windows it can only return to where its windows are still held or cached.
 
   Args:
     ctx: The context.
@@ -289,10 +346,12 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
 
   Returns:
     `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`,
-    `NO_STATE` where no recurrent state stands at the length wanted, or `NO_BLOCKS`
-    where the copy found no free block: those rows are unchanged.
+    `NO_STATE` where no recurrent state stands at the length wanted, or what a sliding
+    window needs there is gone, or `NO_BLOCKS` where the copy found no free block: those
+    rows are unchanged.
   """
-  config, (pool, table, index, live_states) = ctx.config, ctx.tables
+  config = ctx.config
+  pool, table, index, live_states, window_blocks = ctx.tables
   num_tokens = arguments.as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
   status = jnp.full(config.max_seqs, Status.OK, jnp.int32)
   invalid = (num_tokens < 0) | (num_tokens > table.seq_lens)
@@ -305,30 +364,58 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     source_ids, stands = _state_at(ctx, live_states, table.seq_lens - num_tokens)
     status = jnp.where(drops & ~stands, Status.NO_STATE, status)
     drops &= stands
+  for window in window_blocks:
+    stands = windows.can_return(window, table, table.seq_lens - num_tokens)
+    status = jnp.where(drops & ~stands, Status.NO_STATE, status)
+    drops &= stands
   seq_lens = jnp.where(drops, table.seq_lens - num_tokens, table.seq_lens)
   num_full = seq_lens // config.block_size
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
-  last = table.block_tables[rows, jnp.minimum(num_full, table.max_blocks_per_seq - 1)]
-  last = ragged.hold(last)
+  column = jnp.minimum(num_full, table.max_blocks_per_seq - 1)
+  last = ragged.hold(table.block_tables[rows, column])
   is_partial = seq_lens % config.block_size > 0
   is_frozen = (pool.ref_counts[last] > 1) | index.is_cached(last)
   copies = ragged.hold(drops & is_partial & is_frozen)
-  _, fits = ragged.first_come(copies.astype(jnp.int32), pool.num_free)
+  fits = _fits(copies, pool)
+  window_last, window_copies = [], []
+  for window in window_blocks:
+    ids = ragged.hold(windows.block_at(window, table, column))
+    is_frozen = (window.pool.ref_counts[ids] != 1) | (window.owner_ids[ids] > 0)
+    window_last.append(ids)
+    window_copies.append(ragged.hold(drops & is_partial & is_frozen))
+    fits &= _fits(window_copies[-1], window.pool)
   status = jnp.where(fits, status, Status.NO_BLOCKS)
   drops, copies = drops & fits, copies & fits
+  window_copies = [wants & fits for wants in window_copies]
   seq_lens = jnp.where(drops, seq_lens, table.seq_lens)
 
   pool, targets = blocks.allocate_one_each(pool, copies)
   to = ragged.masked(targets, copies, config.num_blocks)
-  store = kv.copy_blocks(ctx.kv, last, to)
   index = prefix.copy_tokens(index, last, to)
   num_kept = num_full + (is_partial & ~copies).astype(jnp.int32)
   num_kept = jnp.where(drops, num_kept, table.num_blocks)
+  returned, window_copied = [], []
+  for window, ids, wants in zip(window_blocks, window_last, window_copies, strict=True):
+    kept = num_full + (is_partial & ~wants).astype(jnp.int32)
+    kept = jnp.where(drops, kept, table.num_blocks)
+    window, copied = windows.go_back(
+      window,
+      table,
+      seq_lens,
+      kept,
+      copies=wants,
+      chunk_size=config.chunk_size,
+    )
+    returned.append(window)
+    window_copied.append((ids, copied))
+  stores = _copy_blocks(ctx, (last, to), window_copied)
   if live_states is not None:
     source_ids = jnp.where(drops, source_ids, live_states.source_ids)
     live_states = live_states.replace(source_ids=source_ids)
-  pool, table, index, live_states = releasing.release(
-    (pool, table, index, live_states), num_kept, chunk_size=config.chunk_size
+  pool, table, index, live_states, _ = releasing.release(
+    Tables(pool, table, index, live_states, ()),
+    num_kept,
+    chunk_size=config.chunk_size,
   )
   table = sequences.set_blocks(table, rows, table.num_blocks, targets, copies)
   cut = jnp.where(drops, num_full, table.num_frozen)
@@ -343,8 +430,8 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     # under another parent, the other holders would not hold that parent.
     is_sealed=table.is_sealed & ~(drops & (num_published == num_frozen)),
   )
-  tables = pool, table, index, live_states
-  return ctx.with_tables(tables).replace(kv=store), status
+  tables = Tables(pool, table, index, live_states, tuple(returned))
+  return ctx.with_tables(tables).replace(kv=stores), status
 
 
 def _state_at(ctx: Context, rows: StateRows, seq_lens: Array) -> tuple[Array, Array]:
@@ -384,13 +471,13 @@ def finish_published(
   mask = arguments.as_mask("mask", mask, config.max_seqs)
   mask &= ctx.sequences.is_active
   num_kept = jnp.where(mask, 0, ctx.sequences.num_blocks)
-  pool, table, index, live_states = releasing.release(
+  tables = releasing.release(
     ctx.tables, num_kept, chunk_size=config.chunk_size, keep_prefix=keep_prefix
   )
-  if live_states is not None:
-    live_states = state_rows.clear(live_states, mask)
-  table = sequences.clear(table, mask)
-  return ctx.with_tables((pool, table, index, live_states))
+  if tables.state_rows is not None:
+    tables = tables._replace(state_rows=state_rows.clear(tables.state_rows, mask))
+  table = sequences.clear(tables.sequences, mask)
+  return ctx.with_tables(tables._replace(sequences=table))
 
 
 def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:

@@ -9,12 +9,39 @@ belongs to row `seq_ids[t]` and stands at `positions[t]`.
     compute.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
 from kvcache.sequences import SequenceTable
+from kvcache.windows import WindowBlocks
+
+
+class WindowView(flax.struct.PyTreeNode, kw_only=True):
+  """Where a step's tokens stand in the pool of one sliding window.
+
+  Attributes:
+    block_tables: `[S, P]` int32. Columns behind the window are `NULL_BLOCK`.
+    slot_mapping: `[T]` int32. As in `StepMetadata`, padding is `Nw * block_size`.
+  """
+
+  block_tables: Array
+  slot_mapping: Array
+
+
+class SharedPrefix(flax.struct.PyTreeNode, kw_only=True):
+  """First blocks that rows of a step have in common, so that they are read once.
+
+  Attributes:
+    num_blocks: `[]` int32. How many.
+    shares: `[S]` bool. Rows of the step that hold them and stand behind them.
+  """
+
+  num_blocks: Array
+  shares: Array
 
 
 class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
@@ -32,6 +59,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     logits_indices: `[S * num_logits]` int32. Each row's last token, anything in range
       for rows not in it; with `num_logits` above 1, each row's first so many tokens.
     block_tables: `[S, P]` int32. Of the context.
+    shared_prefix: What `attend` reads once for several rows; None if not looked for.
+    windows: For each of `config.windows`, where the tokens stand in its pool.
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
       keep the state after each of a row's tokens. Static.
@@ -45,6 +74,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   cu_seqlens: Array
   logits_indices: Array
   block_tables: Array
+  shared_prefix: SharedPrefix | None = None
+  windows: tuple[WindowView, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
   num_logits: int = flax.struct.field(pytree_node=False, default=1)
 
@@ -70,6 +101,7 @@ def build(
   num_blocks: int,
   block_size: int,
   num_logits: int = 1,
+  windows: Sequence[WindowBlocks] = (),
 ) -> StepMetadata:
   """Builds the view; see `kvcache.step_metadata`."""
   room = table.num_blocks * block_size - table.seq_lens
@@ -93,16 +125,47 @@ def build(
       at = starts[:, None] + jnp.arange(num_logits, dtype=jnp.int32)[None]
     logits_indices = jnp.clip(at.reshape(-1), 0, num_tokens - 1)
   column = jnp.minimum(positions // block_size, table.max_blocks_per_seq - 1)
-  slots = table.block_tables[rows, column] * block_size + positions % block_size
+
+  def slots(block_tables: Array, num_blocks: int) -> Array:
+    at = block_tables[rows, column] * block_size + positions % block_size
+    return ragged.masked(at, is_valid, num_blocks * block_size)
+
   return StepMetadata(
     seq_ids=rows,
     positions=positions,
-    slot_mapping=ragged.masked(slots, is_valid, num_blocks * block_size),
+    slot_mapping=slots(table.block_tables, num_blocks),
     query_lens=query_lens,
     seq_lens=jnp.where(query_lens > 0, table.seq_lens + query_lens, 0),
     cu_seqlens=cu_seqlens,
     logits_indices=logits_indices,
     block_tables=table.block_tables,
+    windows=tuple(
+      WindowView(
+        block_tables=window.block_tables,
+        slot_mapping=slots(window.block_tables, window.num_blocks),
+      )
+      for window in windows
+    ),
     is_decode=num_tokens is None,
     num_logits=num_logits,
   )
+
+
+def find_shared_prefix(metadata: StepMetadata, *, block_size: int) -> SharedPrefix:
+  """Finds the blocks that are worth reading once for all rows that have them.
+
+  Compares every row of the step with its first one, and takes the prefix that saves
+  most: its length times the rows that share it. Costs one pass over `[S, P]` ids.
+  """
+  tables, is_in_step = metadata.block_tables, metadata.query_lens > 0
+  num_columns = tables.shape[1]
+  first = tables[jnp.argmax(is_in_step)][None]
+  column = jnp.arange(num_columns, dtype=jnp.int32)[None]
+  num_same = jnp.min(jnp.where(tables == first, num_columns, column), axis=1)
+  behind = (metadata.seq_lens - metadata.query_lens) // block_size
+  num_same = jnp.where(is_in_step, jnp.minimum(num_same, behind), 0)
+  num_rows = jnp.sum(num_same[None] >= num_same[:, None], axis=1, dtype=jnp.int32)
+  saved = num_same * (num_rows - 1)
+  num_blocks = jnp.where(jnp.max(saved) > 0, num_same[jnp.argmax(saved)], 0)
+  shares = (num_same >= num_blocks) & (num_blocks > 0)
+  return SharedPrefix(num_blocks=num_blocks.astype(jnp.int32), shares=shares)

@@ -28,6 +28,8 @@ class Stats(flax.struct.PyTreeNode, kw_only=True):
     num_reserved: Token positions in blocks in use that hold no token yet.
     num_snapshots: Recurrent states kept beside blocks.
     num_free_states: Rows of the state pool that are neither live nor snapshots.
+    num_window_free: `[W]` int32. Free blocks of each of `config.windows`.
+    num_window_evictable: `[W]` int32. Cached blocks of each that no row holds.
     hit_rate: `[]` float32. Share of all admitted prompt tokens that were cached.
     counters: Running totals, among them why hits ended.
   """
@@ -43,6 +45,8 @@ class Stats(flax.struct.PyTreeNode, kw_only=True):
   num_reserved: Array
   num_snapshots: Array
   num_free_states: Array
+  num_window_free: Array
+  num_window_evictable: Array
   hit_rate: Array
   counters: Counters
 
@@ -82,6 +86,10 @@ def stats(ctx: Context) -> Stats:
     num_reserved=jnp.sum(room - table.seq_lens, dtype=jnp.int32),
     num_snapshots=num_snapshots,
     num_free_states=num_free_states,
+    num_window_free=jnp.array([w.pool.num_free for w in ctx.windows], jnp.int32),
+    num_window_evictable=jnp.array(
+      [w.ring.num_waiting for w in ctx.windows], jnp.int32
+    ),
     hit_rate=counters.hit_tokens.astype(jnp.float32) / jnp.maximum(prompt_tokens, 1.0),
     counters=counters,
   )

@@ -8,9 +8,8 @@ Two structures over the same `N` blocks:
     finds its bucket full, or its tag there with other tokens, is given up; a block that
     is not indexed is only a lost hit.
 *   A ring of evictable blocks in the order in which their last holder let go, children
-    before parents. An entry counts while its block's `queue_pos` still names it, so
-    taking a block out of the middle is one store. Ring order is least recently used
-    with leaves first, because every holder of a child also holds its parent.
+    before parents. That is least recently used with leaves first, because every holder
+    of a child also holds its parent.
 
 A hit is exact: tokens, namespace and the parent block are compared, never the hash
 alone.
@@ -21,8 +20,9 @@ from jax import Array, lax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kvcache import hashing, ragged
+from kvcache import hashing, ragged, ring
 from kvcache.config import NULL_BLOCK
+from kvcache.ring import EvictionRing
 
 _MARK = -(1 << 30)
 
@@ -39,14 +39,9 @@ class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
     namespace: `[N]` int32. Namespace of the prefix.
     num_children: `[N]` int32. Cached blocks whose parent it is.
     way_of: `[N]` int32. One plus its place in the flat table, 0 if not cached.
-    queue_pos: `[N]` int32. One plus its place in the ring, 0 if not evictable.
     way_ids: `[B, W]` int32. The table's block ids, `NULL_BLOCK` for an empty way.
     way_tags: `[B, W]` uint32. Second lane of each block's hash.
-    queue: `[R]` int32. The ring; entries from `queue_head` up to `queue_tail` may
-      count.
-    queue_head: `[]` int32.
-    queue_tail: `[]` int32.
-    num_evictable: `[]` int32. Entries that count.
+    ring: Cached blocks that nobody holds, the next to be evicted first.
     salt: `[2]` uint32. Makes hashes of this context differ from those of others.
   """
 
@@ -57,13 +52,9 @@ class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
   namespace: Array
   num_children: Array
   way_of: Array
-  queue_pos: Array
   way_ids: Array
   way_tags: Array
-  queue: Array
-  queue_head: Array
-  queue_tail: Array
-  num_evictable: Array
+  ring: EvictionRing
   salt: Array
 
   @property
@@ -76,6 +67,11 @@ class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
     """Token positions in one block."""
     return self.block_tokens.shape[-1]
 
+  @property
+  def num_evictable(self) -> Array:
+    """`[]` int32: cached blocks that nobody holds."""
+    return self.ring.num_waiting
+
   def is_cached(self, block_ids: Array) -> Array:
     """Whether each listed block is in the index."""
     return self.way_of[block_ids] > 0
@@ -87,7 +83,6 @@ def init(
   block_size: int,
   num_buckets: int,
   num_ways: int,
-  queue_size: int,
   salt: Array,
 ) -> PrefixIndex:
   """Makes an empty index."""
@@ -103,13 +98,9 @@ def init(
     namespace=zeros(num_blocks),
     num_children=zeros(num_blocks),
     way_of=zeros(num_blocks),
-    queue_pos=zeros(num_blocks),
     way_ids=zeros(num_buckets, num_ways),
     way_tags=zeros(num_buckets, num_ways, dtype=jnp.uint32),
-    queue=zeros(queue_size),
-    queue_head=zeros(),
-    queue_tail=zeros(),
-    num_evictable=zeros(),
+    ring=ring.init(num_blocks),
     salt=salt,
   )
 
@@ -323,66 +314,25 @@ def remove(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
   )
 
 
-# --- The eviction ring ----------------------------------------------------------------
-
-
-def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
-  """Makes room at the ring's end for `num_pushes <= N` blocks.
-
-  Costs the ring's size, but only once per at least `N` pushes: afterwards the ring
-  holds at most `N` entries of its `3 N` slots.
-  """
-
-  def compact(index: PrefixIndex) -> PrefixIndex:
-    at = jnp.arange(index.queue.shape[0], dtype=jnp.int32)
-    counts = (at >= index.queue_head) & (at < index.queue_tail)
-    # Not `at + 1` on the other side: it would be hoisted and computed in every call.
-    counts &= index.queue_pos[index.queue] - 1 == at
-    to = ragged.masked(ragged.ranks(counts), counts, index.queue.shape[0])
-    block = ragged.masked(index.queue, counts, index.num_blocks)
-    return index.replace(
-      queue=jnp.zeros_like(index.queue).at[to].set(index.queue, mode="drop"),
-      queue_pos=index.queue_pos.at[block].set(to + 1, mode="drop"),
-      queue_head=jnp.zeros_like(index.queue_head),
-      queue_tail=ragged.sum_int(counts),
-    )
-
-  # Runs at most once: afterwards the tail is at most N, and 2 N slots are free. A
-  # `while` instead of a `cond` because the arrays are then updated in place.
-  return lax.while_loop(
-    lambda index: index.queue_tail + num_pushes > index.queue.shape[0], compact, index
-  )
+# --- Evicting -------------------------------------------------------------------------
 
 
 def enqueue(index: PrefixIndex, block_ids: Array, mask: Array) -> PrefixIndex:
-  """Puts distinct cached blocks at the ring's end, in list order.
+  """Makes distinct cached blocks evictable, children before parents.
 
   The caller has made room with `compact_queue`.
   """
-  at = index.queue_tail + ragged.ranks(mask)
-  num = ragged.sum_int(mask)
-  to = ragged.masked(at, mask, index.queue.shape[0])
-  block = ragged.masked(block_ids, mask, index.num_blocks)
-  return index.replace(
-    queue=index.queue.at[to].set(block_ids, mode="drop"),
-    queue_pos=index.queue_pos.at[block].set(at + 1, mode="drop"),
-    queue_tail=index.queue_tail + num,
-    num_evictable=index.num_evictable + num,
-  )
+  return index.replace(ring=ring.push(index.ring, block_ids, mask))
 
 
 def dequeue(index: PrefixIndex, block_ids: Array) -> PrefixIndex:
-  """Takes adopted blocks out of the ring. Ids may repeat; others are ignored."""
-  before, queue_pos = ragged.read(index.queue_pos, block_ids)
-  waits = before > 0
-  block = ragged.masked(block_ids, waits, index.num_blocks)
-  marks = _MARK - jnp.arange(block_ids.shape[0], dtype=jnp.int32)
-  found, queue_pos = ragged.read(queue_pos.at[block].min(marks, mode="drop"), block_ids)
-  is_last = waits & (found == marks)
-  return index.replace(
-    queue_pos=queue_pos.at[block].max(0, mode="drop"),
-    num_evictable=index.num_evictable - ragged.sum_int(is_last),
-  )
+  """Makes adopted blocks not evictable. Ids may repeat; others are ignored."""
+  return index.replace(ring=ring.remove(index.ring, block_ids))
+
+
+def compact_queue(index: PrefixIndex, num_pushes: Array) -> PrefixIndex:
+  """Makes room for `num_pushes <= N` blocks that become evictable."""
+  return index.replace(ring=ring.make_room(index.ring, num_pushes))
 
 
 def pop(
@@ -393,23 +343,5 @@ def pop(
   Returns:
     `(index, block_ids [E], mask [E])`: the evicted blocks, which are no longer cached.
   """
-  entry = jnp.arange(num_entries, dtype=jnp.int32)
-  at = index.queue_head + entry
-  block_ids = index.queue[jnp.minimum(at, index.queue.shape[0] - 1)]
-  places, queue_pos = ragged.read(index.queue_pos, block_ids)
-  counts = (at < index.queue_tail) & (places == at + 1)
-  mask = counts & (ragged.ranks(counts) < count)
-  num = ragged.sum_int(mask)
-  # The head moves past every slot looked at, but not past the entry after the last one
-  # taken.
-  num_seen = jnp.where(
-    num == count, jnp.max(jnp.where(mask, entry + 1, 0)), jnp.int32(num_entries)
-  )
-  block = ragged.masked(block_ids, mask, index.num_blocks)
-  index = remove(index, block_ids, mask)
-  index = index.replace(
-    queue_pos=queue_pos.at[block].set(0, mode="drop"),
-    queue_head=jnp.minimum(index.queue_head + num_seen, index.queue_tail),
-    num_evictable=index.num_evictable - num,
-  )
-  return index, block_ids, mask
+  waiting, block_ids, mask = ring.pop(index.ring, count, num_entries=num_entries)
+  return remove(index.replace(ring=waiting), block_ids, mask), block_ids, mask

@@ -7,17 +7,28 @@ so that equal prompts that arrive together converge to one copy and parents are 
 canonical.
 """
 
+from typing import NamedTuple
+
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, sequences, state_rows
+from kvcache import blocks, prefix, ragged, sequences, state_rows, windows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
 from kvcache.sequences import SequenceTable
 from kvcache.state_rows import StateRows
+from kvcache.windows import WindowBlocks
 
-Tables = tuple[BlockPool, SequenceTable, PrefixIndex, StateRows | None]
+
+class Tables(NamedTuple):
+  """Everything of a context but keys, values and states: what bulk loops carry."""
+
+  pool: BlockPool
+  sequences: SequenceTable
+  prefix: PrefixIndex
+  state_rows: StateRows | None
+  windows: tuple[WindowBlocks, ...]
 
 
 def pending(table: SequenceTable, index: PrefixIndex) -> Array:
@@ -31,27 +42,21 @@ def publish(tables: Tables, *, chunk_size: int) -> Tables:
   """Publishes every full block of every row that is not sealed."""
   # Ends because the first entry of a round is always published or seals its row.
   return lax.while_loop(
-    lambda tables: jnp.any(pending(tables[1], tables[2]) > 0),
-    lambda tables: _round(*tables, num_entries=chunk_size),
+    lambda tables: jnp.any(pending(tables.sequences, tables.prefix) > 0),
+    lambda tables: _round(tables, num_entries=chunk_size),
     tables,
   )
 
 
-def _round(
-  pool: BlockPool,
-  table: SequenceTable,
-  index: PrefixIndex,
-  states: StateRows | None,
-  *,
-  num_entries: int,
-) -> Tables:
+def _round(tables: Tables, *, num_entries: int) -> Tables:
+  pool, table, index, states, window_blocks = tables
   counts = pending(table, index)
   entries = ragged.expand(counts, num_entries)
   rows, valid = entries.rows, entries.is_valid
   columns = table.num_published[rows] + entries.offsets
-  own, tables = ragged.read(table.block_tables, rows, columns)
-  before, tables = ragged.read(tables, rows, jnp.maximum(columns - 1, 0))
-  table = table.replace(block_tables=tables)
+  own, block_tables = ragged.read(table.block_tables, rows, columns)
+  before, block_tables = ragged.read(block_tables, rows, jnp.maximum(columns - 1, 0))
+  table = table.replace(block_tables=block_tables)
   own = jnp.where(valid, own, NULL_BLOCK)
   previous = jnp.where(valid & (columns > 0), before, NULL_BLOCK)
   index, done = prefix.insert(
@@ -82,4 +87,8 @@ def _round(
     num_frozen=jnp.maximum(table.num_frozen, num_published),
     is_sealed=table.is_sealed.at[hopeless].set(True, mode="drop"),
   )
-  return pool, table, index, states
+  window_blocks = tuple(
+    windows.attach(window, rows, columns, done.block_ids, done.is_done)
+    for window in window_blocks
+  )
+  return Tables(pool, table, index, states, window_blocks)

@@ -56,19 +56,23 @@ def first_come(need: Array, available: Array, *, order: Array | None = None):
   """Serves rows in order until one does not fit; later ones then wait too.
 
   Args:
-    need: `[S]` int32, non-negative.
-    available: `[]` int32.
+    need: `[S]` int32, non-negative. Or `[G, S]`, of several things.
+    available: `[]` int32, or `[G]`.
     order: `[S]` int32 permutation: the row served first, second and so on.
 
   Returns:
-    `(starts, fits)`: `[S]` int32, what the rows before took; `[S]` bool. A row that
+    `(starts, fits)`: int32 as `need`, what the rows before took; `[S]` bool. A row that
     needs nothing always fits.
   """
   if order is None:
-    ends = jnp.cumsum(need)
+    ends = jnp.cumsum(need, axis=-1)
   else:
-    ends = jnp.zeros_like(need).at[order].set(jnp.cumsum(need[order]))
-  return ends - need, (need == 0) | (ends <= available)
+    ends = jnp.cumsum(need[..., order], axis=-1)
+    ends = jnp.zeros_like(need).at[..., order].set(ends)
+  if need.ndim == 1:
+    return ends - need, (need == 0) | (ends <= available)
+  fits = jnp.all(need == 0, axis=0) | jnp.all(ends <= available[:, None], axis=0)
+  return ends - need, fits
 
 
 def ranks(mask: Array) -> Array:

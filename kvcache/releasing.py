@@ -12,7 +12,7 @@ import math
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, state_rows
+from kvcache import blocks, prefix, ragged, state_rows, windows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
@@ -30,13 +30,18 @@ def release(
   """Shortens every row to its first `num_kept` blocks.
 
   Args:
-    tables: Pool, sequence table, prefix index and state rows.
+    tables: The tables of a context.
     num_kept: `[S]` int32. Rows with fewer blocks are left alone.
     chunk_size: Entries handled per iteration.
     keep_prefix: Whether cached blocks without holders stay cached. If not, those that
       no cached block continues return to the free list at once.
   """
-  pool, table, index, states = tables
+  pool, table, index, states, window_blocks = tables
+  # First, so that whoever leaves the index has nothing attached that a row holds.
+  window_blocks = tuple(
+    windows.shorten(window, table, num_kept, chunk_size=chunk_size)
+    for window in window_blocks
+  )
   num_pushes = jnp.sum(_count(table, num_kept), dtype=jnp.int32)
   index = prefix.compact_queue(index, jnp.minimum(num_pushes, index.num_blocks))
   exclusive = jnp.maximum(num_kept, table.num_frozen)
@@ -51,11 +56,11 @@ def release(
       (pool, table, states),
     )
   return lax.while_loop(
-    lambda state: jnp.any(_count(state[1], num_kept) > 0),
-    lambda state: _release_frozen(
-      *state, num_kept, num_entries=chunk_size, keep_prefix=keep_prefix
+    lambda tables: jnp.any(_count(tables.sequences, num_kept) > 0),
+    lambda tables: _release_frozen(
+      tables, num_kept, num_entries=chunk_size, keep_prefix=keep_prefix
     ),
-    (pool, table, index, states),
+    Tables(pool, table, index, states, window_blocks),
   )
 
 
@@ -119,15 +124,9 @@ def _release_exclusive(state: _Bulk, *, num_kept: Array, num_entries: int) -> _B
 
 
 def _release_frozen(
-  pool: BlockPool,
-  table: SequenceTable,
-  index: PrefixIndex,
-  states: StateRows | None,
-  num_kept: Array,
-  *,
-  num_entries: int,
-  keep_prefix: bool,
+  tables: Tables, num_kept: Array, *, num_entries: int, keep_prefix: bool
 ) -> Tables:
+  pool, table, index, states, window_blocks = tables
   if not keep_prefix:  # One row at a time, so that a list is one chain.
     row = jnp.arange(table.max_seqs, dtype=jnp.int32)
     first = jnp.argmax(table.num_blocks > num_kept).astype(jnp.int32)
@@ -140,10 +139,12 @@ def _release_frozen(
     goes = stays & _is_removable(index, block_ids, is_cached, is_last)
     index = prefix.remove(index, block_ids, goes)
     pool = blocks.push(pool, block_ids, goes)
+    window_blocks = tuple(windows.detach(w, block_ids, goes) for w in window_blocks)
     stays &= ~goes
   if states is not None:
     states = state_rows.drop(states, block_ids, is_last & ~stays)
-  return pool, table, prefix.enqueue(index, block_ids, stays), states
+  index = prefix.enqueue(index, block_ids, stays)
+  return Tables(pool, table, index, states, window_blocks)
 
 
 def _is_removable(

@@ -13,7 +13,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, lifecycle, ragged
+from kvcache import context, lifecycle, ragged, stepping, windows
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import (
@@ -57,6 +57,8 @@ class SchedulerConfig:
       steps that follow find some. `max_seqs` if None.
     defer_shared: Whether a prompt waits while another one computes blocks that it could
       adopt.
+    cascade: Whether steps look for a prefix that rows share and read it once; see
+      `step_metadata`.
     admission: Order in which requests are served.
     preemption: Order whose last running request is preempted. `admission` if None.
   """
@@ -65,6 +67,7 @@ class SchedulerConfig:
   max_admissions: int = 8
   watermark: int | None = None
   defer_shared: bool = True
+  cascade: bool = False
   admission: Policy = first_come_first_served
   preemption: Policy | None = None
 
@@ -137,8 +140,11 @@ def running(ctx: Context, requests: Requests) -> Batch:
 
 
 def num_available(ctx: Context) -> Array:
-  """`[]` int32: blocks that are free or can be made so by eviction."""
-  return ctx.pool.num_free + ctx.prefix.num_evictable
+  """`[]` int32: blocks that are free or can be made so by eviction, in every pool."""
+  num = ctx.pool.num_free + ctx.prefix.num_evictable
+  for window in ctx.windows:
+    num = jnp.minimum(num, window.pool.num_free + window.ring.num_waiting)
+  return num
 
 
 def needs_block(ctx: Context, mask: Array) -> Array:
@@ -147,12 +153,31 @@ def needs_block(ctx: Context, mask: Array) -> Array:
   return mask & (table.seq_lens == table.num_blocks * ctx.config.block_size)
 
 
+def all_can_decode(ctx: Context, mask: Array, *, recycles: bool = True) -> Array:
+  """`[]` bool: whether every row in `mask` can store one more token as things are.
+
+  Args:
+    ctx: The context.
+    mask: `[S]` bool.
+    recycles: Whether rows may write over what is behind their windows, as they do in
+      the decode shape.
+  """
+  needs = needs_block(ctx, mask)
+  result = ragged.sum_int(needs) <= ctx.pool.num_free
+  for window in ctx.windows:
+    takes = needs
+    if recycles:
+      takes &= ~windows.can_recycle(window, ctx.sequences.seq_lens)
+    result &= ragged.sum_int(takes) <= window.pool.num_free
+  return result
+
+
 def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
   """`[]` int32: free states that a step lacks to take the snapshots it comes to."""
   rows = ctx.state_rows
   if rows is None:
     return jnp.int32(0)
-  wants = (query_lens > 0) & (query_lens >= context.tokens_to_snapshot(ctx))
+  wants = (query_lens > 0) & (query_lens >= stepping.tokens_to_snapshot(ctx))
   return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
 
 
@@ -229,7 +254,10 @@ def _admit(
     waits = is_candidate & _shares_pending(ctx, requests, candidates, lengths, prompts)
   # Every running row may need one block more soon; a lone request may take the whole
   # pool.
-  budget = num_available(ctx) - ragged.sum_int(ctx.sequences.is_active)
+  num_live = ragged.sum_int(ctx.sequences.is_active)
+  budget = ctx.pool.num_free + ctx.prefix.num_evictable - num_live
+  is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, num_live)
+  waits |= is_crowded
   ctx, admission = lifecycle.admit_published(
     ctx,
     prompts,
@@ -255,8 +283,19 @@ def _admit(
       int(FinishReason.REFUSED), mode="drop"
     ),
   )
-  is_stalled = jnp.any(asked & (admission.status == Status.NO_BLOCKS))
-  return ctx, requests, is_stalled | (num_preempted > 0)
+  lacks_blocks = is_crowded | (asked & (admission.status == Status.NO_BLOCKS))
+  return ctx, requests, jnp.any(lacks_blocks) | (num_preempted > 0)
+
+
+def _windows_fit(ctx: Context, lengths: Array, mask: Array, num_live: Array) -> Array:
+  """`[A]` bool: prompts in `mask` whose windows fit into every pool, in order."""
+  fits = jnp.ones_like(mask)
+  for window in ctx.windows:
+    num_blocks = (lengths + (ctx.config.block_size - 1)) // ctx.config.block_size
+    need = jnp.where(mask, jnp.minimum(num_blocks, window.num_columns), 0)
+    budget = window.pool.num_free + window.ring.num_waiting - num_live
+    fits &= ragged.first_come(need, budget)[1]
+  return fits
 
 
 def _smallest(keys: Array, num: int) -> tuple[Array, Array]:
@@ -356,7 +395,7 @@ def _share_budget(
   rows = jnp.zeros_like(by_order).at[place].set(by_order)
 
   # A chunk ends where a snapshot is wanted: states are kept between steps only.
-  wanted = jnp.minimum(left, context.tokens_to_snapshot(ctx))[rows]
+  wanted = jnp.minimum(left, stepping.tokens_to_snapshot(ctx))[rows]
   before = jnp.cumsum(wanted) - wanted
   query_lens = jnp.clip(scheduler.token_budget - before, 0, wanted)
   size = config.block_size
@@ -366,9 +405,9 @@ def _share_budget(
   watermark = min(watermark, config.num_blocks - 1)
   num_needed = jnp.sum(need, dtype=jnp.int32)
   target = jnp.maximum(num_needed, watermark)
-  ctx, _ = context.evict(ctx, jnp.maximum(target - ctx.pool.num_free, 0))
+  ctx = context.make_room(ctx, target)
   # A chunk shrinks to the blocks that are left; later ones wait.
-  free_here = jnp.maximum(ctx.pool.num_free - (jnp.cumsum(need) - need), 0)
+  free_here = jnp.maximum(context.num_free(ctx) - (jnp.cumsum(need) - need), 0)
   room = (num_blocks + free_here) * size - seq_lens
   query_lens = jnp.clip(query_lens, 0, room)
   query_lens = jnp.zeros_like(query_lens).at[rows].set(query_lens)

@@ -13,7 +13,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kvcache import arguments, context, lifecycle, ragged, sampling, scheduler
+from kvcache import arguments, context, lifecycle, ragged, sampling, scheduler, stepping
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.requests import NO_TOKEN
@@ -264,19 +264,21 @@ def _prefill(
     ctx, _, _ = state
     seq_lens = ctx.sequences.seq_lens
     left = jnp.minimum(length - seq_lens, chunk_size)
-    left = jnp.minimum(left, context.tokens_to_snapshot(ctx))
+    left = jnp.minimum(left, stepping.tokens_to_snapshot(ctx))
     query_lens = jnp.where(rows == row, left, 0)
-    ctx = _make_room(ctx, chunk_size // ctx.config.block_size + 1)
-    ctx, granted = context.extend(ctx, query_lens, num_tokens=chunk_size)
+    if ctx.windows:  # which move on when published
+      ctx = context.publish(ctx)
+    ctx = context.make_room(ctx, chunk_size // ctx.config.block_size + 1)
+    ctx, granted = stepping.extend(ctx, query_lens, num_tokens=chunk_size)
     query_lens = jnp.where(granted == Status.OK, query_lens, 0)
-    metadata = context.step_metadata(ctx, query_lens, num_tokens=chunk_size)
+    metadata = stepping.step_metadata(ctx, query_lens, num_tokens=chunk_size)
     tokens = prompt.at[metadata.positions].get(mode="clip")
     logits, ctx = model(tokens, metadata, ctx)
-    ctx = context.commit(ctx, tokens, metadata)
+    ctx = stepping.commit(ctx, tokens, metadata)
     return ctx, _logprobs(logits.at[row].get(mode="clip")), granted.at[row].get()
 
   tokens = jnp.zeros(chunk_size, jnp.int32)
-  empty = context.step_metadata(ctx, jnp.zeros_like(rows), num_tokens=chunk_size)
+  empty = stepping.step_metadata(ctx, jnp.zeros_like(rows), num_tokens=chunk_size)
   logits = jax.eval_shape(model, tokens, empty, ctx)[0]
   nothing = jnp.zeros(logits.shape[1], jnp.float32)
   # Ends because every round computes a token or is refused.
@@ -297,16 +299,16 @@ def _decode(
 ) -> tuple[Context, _Branches, Array]:
   """Computes the last token of every live branch: log-probabilities `[B, V]`."""
   ctx, branches = _give_up(ctx, branches)
-  ctx = _make_room(ctx, branches.rows.shape[0])
+  ctx = context.make_room(ctx, branches.rows.shape[0])
   wants = _mask(ctx, branches.rows)
-  ctx, status = context.extend(ctx, wants.astype(jnp.int32))
+  ctx, status = stepping.extend(ctx, wants.astype(jnp.int32))
   wants &= status == Status.OK
-  metadata = context.step_metadata(ctx, wants.astype(jnp.int32))
+  metadata = stepping.step_metadata(ctx, wants.astype(jnp.int32))
   last = branches.tokens[:, step - 1]
   tokens = jnp.zeros(ctx.config.max_seqs, jnp.int32)
   tokens = tokens.at[branches.rows].set(last, mode="drop")
   logits, ctx = model(tokens, metadata, ctx)
-  ctx = context.commit(ctx, tokens, metadata)
+  ctx = stepping.commit(ctx, tokens, metadata)
   is_computed = branches.is_live & wants.at[branches.rows].get(mode="clip")
   branches = _lose(branches, branches.is_live & ~is_computed)
   return ctx, branches, _logprobs(logits.at[branches.rows].get(mode="clip"))
@@ -365,7 +367,7 @@ def _reorganise(
   keeps, forks = goes_on & ~has_brother, goes_on & has_brother
   kept = _mask(ctx, jnp.where(keeps, rows, ctx.config.max_seqs))
   ctx = lifecycle.finish(ctx, _mask(ctx, branches.rows) & ~kept, keep_prefix=False)
-  ctx = _make_room(ctx, 2 * num_branches)
+  ctx = context.make_room(ctx, 2 * num_branches)
   ctx, new_rows, status = lifecycle.fork(ctx, jnp.where(forks, rows, -1))
   lost = forks & (status != Status.OK)
   rows = jnp.where(forks, new_rows, rows)
@@ -380,12 +382,6 @@ def _reorganise(
     is_live=goes_on & ~lost,
     was_short=branches.was_short | jnp.any(lost),
   )
-
-
-def _make_room(ctx: Context, num_blocks: int) -> Context:
-  """Evicts until so many blocks are free, if so many can be."""
-  ctx, _ = context.evict(ctx, jnp.maximum(num_blocks - ctx.pool.num_free, 0))
-  return ctx
 
 
 def _mask(ctx: Context, rows: Array) -> Array:

@@ -14,7 +14,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, sampling
+from kvcache import context, ragged, sampling, stepping
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.context import Context
@@ -49,14 +49,17 @@ def _run_model(
   *,
   num_tokens: int | None,
   order: Array | None = None,
+  cascade: bool = False,
 ) -> tuple[Context, Requests, Batch]:
   """One step: make room, compute, store, sample."""
-  ctx, status = context.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
+  ctx, status = stepping.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
   query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = context.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  metadata = stepping.step_metadata(
+    ctx, query_lens, num_tokens=num_tokens, cascade=cascade
+  )
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
-  ctx = context.commit(ctx, tokens, metadata)
+  ctx = stepping.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
 
@@ -86,12 +89,12 @@ def _run_drafts(
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
-  num_drafts = jnp.where(needed <= ctx.pool.num_free, num_drafts, 0)
+  num_drafts = jnp.where(needed <= context.num_free(ctx), num_drafts, 0)
 
   query_lens = jnp.where(live, 1 + num_drafts, 0)
-  ctx, status = context.extend(ctx, query_lens, num_tokens=S * num_each)
+  ctx, status = stepping.extend(ctx, query_lens, num_tokens=S * num_each)
   query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = context.step_metadata(
+  metadata = stepping.step_metadata(
     ctx, query_lens, num_tokens=S * num_each, num_logits=num_each
   )
   rows = metadata.seq_ids
@@ -117,7 +120,7 @@ def _run_drafts(
     one = None if logprobs is None else logprobs[:, i]
     requests, batch = rq.append(requests, batch, sampled[:, i], mask, logprobs=one)
   num_new = batch.lengths - before
-  ctx = context.commit(ctx, tokens, metadata, accepted=num_new)
+  ctx = stepping.commit(ctx, tokens, metadata, accepted=num_new)
   num_accepted = jnp.sum(jnp.maximum(num_new - 1, 0), dtype=jnp.int32)
   return (
     ctx,
@@ -175,6 +178,7 @@ def _mixed_step(
     sampler,
     num_tokens=scheduler.token_budget,
     order=plan.order,
+    cascade=scheduler.cascade,
   )
 
 
@@ -288,7 +292,14 @@ def serve(
       return *after, num_run + 1
     query_lens = _live(ctx, batch).astype(jnp.int32)
     ctx, requests, batch = _run_model(
-      model, ctx, requests, batch, query_lens, sampler, num_tokens=None
+      model,
+      ctx,
+      requests,
+      batch,
+      query_lens,
+      sampler,
+      num_tokens=None,
+      cascade=scheduler.cascade,
     )
     return ctx, requests, batch, drafting, num_run + 1
 
@@ -311,7 +322,7 @@ def serve(
       ctx, requests, batch, _, num_run = state
       live = _live(ctx, batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
-      lacking = ragged.sum_int(sch.needs_block(ctx, live))
+      has_room = sch.all_can_decode(ctx, live, recycles=drafter is None)
       in_want = sch.num_snapshots_lacking(ctx, jnp.where(live, reach, 0)) > 0
       # Something can be admitted: a row or its blocks came free, or the last admission
       # ended only because it looked at a bounded number of requests.
@@ -322,7 +333,7 @@ def serve(
       return (
         jnp.any(live)
         & in_step
-        & (first | ((lacking <= ctx.pool.num_free) & ~can_admit & ~in_want))
+        & (first | (has_room & ~can_admit & ~in_want))
         & (requests.num_steps < limit)
       )
 

@@ -102,11 +102,9 @@ def next_wanted(rows: StateRows, seq_lens: Array, *, interval: int) -> Array:
   return jnp.minimum(regular, extra)
 
 
-def cut_hits(rows: StateRows, block_ids: Array, num_hits: Array) -> Array:
-  """`[A]` int32: `num_hits` cut back to the last of `block_ids [A, C]` with a state."""
-  column = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
-  usable = (column < num_hits[:, None]) & (rows.snapshot_ids[block_ids] != NULL_STATE)
-  return jnp.max(jnp.where(usable, column + 1, 0), axis=1, initial=0)
+def may_end(rows: StateRows, block_ids: Array) -> Array:
+  """`[A, C]` bool: which of the blocks `[A, C]` have a state, so that a hit may end."""
+  return rows.snapshot_ids[block_ids] != NULL_STATE
 
 
 def start(
@@ -136,7 +134,8 @@ def start(
     source_ids=rows.source_ids.at[to].set(source_ids, mode="drop"),
     wanted_lens=rows.wanted_lens.at[to].set(wanted_lens, mode="drop"),
   )
-  return _use(rows, source_ids, mask & (source_ids != NULL_STATE))
+  is_read = mask & (source_ids != NULL_STATE)
+  return _use(rows, source_ids, is_read, ragged.ranks(is_read))
 
 
 def fork(
@@ -204,8 +203,9 @@ def advance(
   width = wants.shape[1]
   written, wants = rows.state_ids[:, :width].reshape(-1), wants.reshape(-1)
   block_ids = block_ids.reshape(-1)
-  granted = wants & (ragged.ranks(wants) < rows.num_spare)
-  pool, fresh = blocks.allocate_one_each(rows.pool, granted)
+  ranks = ragged.ranks(wants)
+  granted = wants & (ranks < rows.num_spare)
+  pool, fresh = blocks.allocate_one_each(rows.pool, granted, ranks=ranks)
   block = ragged.masked(block_ids, granted, rows.snapshot_ids.shape[0])
   state = ragged.masked(written, granted, rows.num_states)
   own = jnp.where(granted, fresh, written).reshape(-1, width)
@@ -217,7 +217,7 @@ def advance(
     snapshot_ids=rows.snapshot_ids.at[block].set(written, mode="drop"),
     block_ids=rows.block_ids.at[state].set(block_ids, mode="drop"),
   )
-  return _use(rows, written, granted)
+  return _use(rows, written, granted, ranks)
 
 
 def clear(rows: StateRows, mask: Array) -> StateRows:
@@ -312,10 +312,10 @@ def evict(rows: StateRows, count: Array) -> tuple[StateRows, Array]:
   return rows, num
 
 
-def _use(rows: StateRows, state_ids: Array, mask: Array) -> StateRows:
-  """Marks snapshots as used, in list order; ids may repeat."""
+def _use(rows: StateRows, state_ids: Array, mask: Array, ranks: Array) -> StateRows:
+  """Marks snapshots as used, in the order of their ranks; ids may repeat."""
   state = ragged.masked(state_ids, mask, rows.num_states)
-  now = rows.clock + ragged.ranks(mask)
+  now = rows.clock + ranks
   return rows.replace(
     last_used=rows.last_used.at[state].max(now, mode="drop"),
     clock=rows.clock + ragged.sum_int(mask),

@@ -248,6 +248,9 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
       **sizes, head_dim=16, rope_parameters=plain, tie_word_embeddings=True
     ),
   }
+  configs["tiny_mistral"] = transformers.MistralConfig(
+    **sizes, head_dim=8, sliding_window=12, rope_parameters=plain
+  )
   configs["tiny_granite_hybrid"] = transformers.GraniteMoeHybridConfig(
     **sizes | {"num_hidden_layers": 4},
     num_local_experts=0,
@@ -279,15 +282,60 @@ def tiny_models(folder: pathlib.Path, only: list[str]) -> None:
     final_logit_softcapping=4.0,
     rope_parameters=plain,
   )
+  # Sizes that all differ, so that no mix-up of two passes unseen.
+  latent = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-2,  # so that it shows that norms of latents keep 1e-6
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    n_routed_experts=6,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+  )
+  configs["tiny_deepseek2"] = transformers.DeepseekV2Config(
+    **latent,
+    num_hidden_layers=3,
+    q_lora_rank=14,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    topk_method="group_limited_greedy",
+    n_group=3,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    rope_parameters=dict(
+      rope_type="yarn",
+      rope_theta=100.0,
+      factor=8.0,
+      beta_fast=4,
+      beta_slow=0.25,
+      mscale=1.0,
+      mscale_all_dim=0.7,
+      original_max_position_embeddings=32,
+    ),
+  )
+  configs["tiny_deepseek2_lite"] = transformers.DeepseekV2Config(
+    **latent,
+    num_hidden_layers=2,
+    q_lora_rank=None,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    rope_parameters=plain,
+  )
   for name, config in configs.items():
     if only and name not in only:
       continue
     generator = torch.Generator().manual_seed(7)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
+    for label, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape, generator=generator)
-      is_matrix = parameter.ndim == 2
+      is_matrix = parameter.ndim == 2 or "experts" in label
       scale = 1.5 * parameter.shape[-1] ** -0.5 if is_matrix else 0.3
       shift = 0.0 if is_matrix else 1.0
       parameter.data = noise * scale + shift

@@ -27,7 +27,14 @@ hypothesis.settings.load_profile("house")
 
 
 # These take minutes each: begun first, so that no process is left alone with one.
-LONGEST = ("test_walks.py", "test_memory.py", "test_serve.py", "test_hybrid.py")
+LONGEST = (
+  "test_walks.py",
+  "test_group_walks.py",
+  "test_memory.py",
+  "test_serve.py",
+  "test_hybrid.py",
+  "test_groups.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -26,9 +26,10 @@ def layered_model(
   """Writes and reads the cache in each layer, with K/V as the carry of a scan."""
   config = ctx.config
   with jax.named_scope(MODEL_SCOPE):
-    shape = (metadata.num_tokens, config.num_kv_heads, config.head_dim)
+    spec = config.attention_layers[0]
+    shape = (metadata.num_tokens, spec.num_kv_heads, spec.head_dim)
     angle = (tokens + metadata.positions).astype(jnp.float32) * 0.1
-    lane = jnp.arange(config.head_dim, dtype=jnp.float32) + 1.0
+    lane = jnp.arange(spec.head_dim, dtype=jnp.float32) + 1.0
     x = jnp.broadcast_to(jnp.sin(angle[:, None] * lane[None])[:, None], shape)
 
     def layer(carry, index):
@@ -46,8 +47,12 @@ def layered_model(
       ctx = kvcache.write_kv(ctx, index, x, 0.5 * x, metadata)
       return (x + kvcache.attend(ctx, index, x, metadata), ctx), None
 
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, ctx), _ = jax.lax.scan(layer, (x, ctx), indices)
+    if len(config.groups) == 1:
+      indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+      (x, ctx), _ = jax.lax.scan(layer, (x, ctx), indices)
+    else:  # which group a layer is in must be known
+      for index in range(config.num_layers):
+        (x, ctx), _ = layer((x, ctx), index)
     hidden = x.reshape(x.shape[0], -1)[metadata.logits_indices]
     mix = jnp.cos(jnp.arange(hidden.shape[1] * VOCAB, dtype=jnp.float32))
     return hidden @ mix.reshape(-1, VOCAB), ctx
@@ -77,9 +82,10 @@ def write_all(ctx: Context, query_lens: Array, k: Array) -> Context:
   metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=k.shape[0])
 
   def write(layer: Array, ctx: Context) -> Context:
-    return kvcache.write_kv(ctx, layer, k, k, metadata)
+    return kvcache.write_kv(ctx, layer, k, k, metadata, group=0)
 
-  return jax.lax.fori_loop(0, ctx.config.num_layers, write, ctx)
+  num_layers = ctx.config.groups[0].num_layers
+  return jax.lax.fori_loop(0, num_layers, write, ctx)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,8 @@ def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
   mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
-  keys = (num_tokens, config.num_kv_heads, config.head_dim)
+  spec = config.attention_layers[0]
+  keys = (num_tokens, spec.num_kv_heads, spec.head_dim)
   k = jax.ShapeDtypeStruct(keys, config.dtype)
   abandon = functools.partial(kvcache.finish, keep_prefix=False)
   shapes = {
@@ -117,6 +124,9 @@ def verbs(config: CacheConfig, *, num_tokens: int = 32) -> dict[str, Program]:
   }
   if config.num_recurrent_layers:
     shapes["evict_snapshots"] = (kvcache.evict_snapshots, ints())
+  if config.windows:
+    counts = ints(len(config.windows))
+    shapes["evict_window_blocks"] = (kvcache.evict_window_blocks, counts)
   return {
     name: Program(run=run, arguments=arguments)
     for name, (run, *arguments) in shapes.items()

@@ -8,52 +8,13 @@ is a list. Everything is predicted but the block ids: compare up to renaming.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 
+import numpy as np
+
 from kvcache import Status
-
-Prefix = tuple[int, tuple[int, ...]]
-"""A namespace and all tokens up to the end of a block."""
-
-
-@dataclasses.dataclass(eq=False)
-class Snapshot:
-  """A recurrent state that is kept at the end of a block."""
-
-
-@dataclasses.dataclass(eq=False)
-class Block:
-  """One block that is not free."""
-
-  serial: int
-  refs: int = 1
-  prefix: Prefix | None = None  # its key in the index, None if it is not cached
-  snapshot: Snapshot | None = None  # of the recurrent state at its end
-
-
-@dataclasses.dataclass(eq=False)
-class Row:
-  """One row of the sequence table."""
-
-  active: bool = False
-  namespace: int = 0
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  blocks: list[Block] = dataclasses.field(default_factory=list)
-  num_published: int = 0
-  num_frozen: int = 0  # leading blocks that are published, or shared with a fork
-  is_sealed: bool = False  # publishes no more, because the index had no place
-  wanted_len: int = 0  # where a snapshot is wanted besides the regular ones
-  reads: Snapshot | None = None  # the snapshot that the next step starts from
-
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-  """One token of a step: its place in the step, its row, its place in the row."""
-
-  index: int
-  row: int
-  position: int
+from tests.reference_rows import Block, Prefix, Query, Row, Snapshot
+from tests.reference_windows import ReferenceWindow
 
 
 class ReferenceCache:
@@ -68,6 +29,7 @@ class ReferenceCache:
     max_blocks_per_seq,
     num_snapshots=None,
     snapshot_tokens=None,
+    windows=(),
   ):
     self.num_snapshots = num_snapshots  # None: no layer is recurrent
     self.snapshot_tokens = snapshot_tokens
@@ -82,6 +44,16 @@ class ReferenceCache:
     self._serials = itertools.count(1)
     self.counters = self._zeros()
     self.seen = collections.Counter()  # what a walk came across, for its own test
+    self.windows = [  # from `(sliding_window, num_window_blocks)`
+      ReferenceWindow(
+        sliding_window=window,
+        num_blocks=num,
+        block_size=block_size,
+        max_seqs=max_seqs,
+        seen=self.seen,
+      )
+      for window, num in windows
+    ]
 
   def _zeros(self):
     names = "num_admitted prompt_tokens hit_tokens num_complete num_cut num_evicted"
@@ -109,9 +81,17 @@ class ReferenceCache:
     return [block.prefix for block in self.lru]
 
   def num_pending(self):
-    """Full blocks of live rows that `publish` has not seen."""
+    """What `publish` would do: full blocks to index, blocks behind windows."""
     rows = [row for row in self.rows if not row.is_sealed]
-    return sum(self._num_full(row) - row.num_published for row in rows)
+    num_behind = sum(
+      len(window.behind(s, length))
+      for window in self.windows
+      for s, length in enumerate(self._lengths())
+    )
+    return num_behind + sum(self._num_full(row) - row.num_published for row in rows)
+
+  def _lengths(self):
+    return [len(row.tokens) for row in self.rows]
 
   def room(self, s):
     """Tokens that fit into the blocks which row `s` owns already."""
@@ -159,6 +139,8 @@ class ReferenceCache:
     del self.index[block.prefix]
     block.prefix = None
     self.num_free += 1
+    for window in self.windows:
+      window.detach(block)
     self._drop_snapshot(block)
 
   def _drop_snapshot(self, block):
@@ -179,6 +161,7 @@ class ReferenceCache:
     )
 
   def _clear_row(self, s, *, keep_prefix=True):
+    """Its windows have let go already."""
     for block in reversed(self.rows[s].blocks):
       self._release(block, keep_prefix=keep_prefix)
     self.rows[s] = Row()
@@ -187,11 +170,15 @@ class ReferenceCache:
 
   def publish(self):
     """Indexes all full blocks; a row whose block is there already swaps to it."""
-    for row in self.rows:
+    for s, row in enumerate(self.rows):
       if not row.is_sealed:
         for column in range(row.num_published, self._num_full(row)):
           self._publish_block(row, column)
+          for window in self.windows:
+            window.attach(s, column, row.blocks[column])
         row.num_published = row.num_frozen = self._num_full(row)
+    for window in self.windows:
+      window.trim(self._lengths())
 
   def _publish_block(self, row, column):
     prefix = (row.namespace, tuple(row.tokens[: (column + 1) * self.block_size]))
@@ -273,9 +260,12 @@ class ReferenceCache:
       if block is None:
         break
       hits.append(block)
-    if self.num_snapshots is None:
-      return hits, 0
-    usable = [i + 1 for i, hit in enumerate(hits) if hit.snapshot is not None]
+    usable = [
+      i + 1
+      for i, hit in enumerate(hits)
+      if (self.num_snapshots is None or hit.snapshot is not None)
+      and all(window.may_end(hits, i + 1) for window in self.windows)
+    ]
     kept = max(usable, default=0)
     self.seen["cut for want of a state"] += kept < len(hits)
     return hits[:kept], (len(hits) - kept) * self.block_size
@@ -283,6 +273,8 @@ class ReferenceCache:
   def _start_row(self, s, prompt, namespace, hits):
     for block in hits:
       self._adopt(block)
+    for window in self.windows:
+      window.start(s, hits)
     num_cached = len(hits) * self.block_size
     self.rows[s] = Row(
       active=True,
@@ -310,6 +302,12 @@ class ReferenceCache:
     """Makes room; returns the status of each row."""
     statuses = [Status.OK] * len(self.rows)
     num_queried = num_needed = 0
+    is_decode, lengths = num_tokens is None, self._lengths()
+    recycles = [
+      [is_decode and window.recycles(s, length) for s, length in enumerate(lengths)]
+      for window in self.windows
+    ]
+    taken = [0] * len(self.windows)
     order = range(len(self.rows)) if order is None else order
     for s in order:
       row, query_len = self.rows[s], query_lens[s]
@@ -331,11 +329,22 @@ class ReferenceCache:
         continue
       need = self._blocks_for(len(row.tokens) + query_len) - len(row.blocks)
       num_needed += max(need, 0)
-      if need > 0 and num_needed > self.num_free:
+      taken = [
+        n + (0 if own[s] else max(need, 0))
+        for n, own in zip(taken, recycles, strict=True)
+      ]
+      pairs = zip(taken, self.windows, strict=True)
+      lacks = any(n > window.num_free for n, window in pairs)
+      if need > 0 and (lacks or num_needed > self.num_free):
         statuses[s] = Status.NO_BLOCKS
+        self.seen["no window block"] += num_needed <= self.num_free
     # Judged against the free blocks before the call, so blocks are taken at the end.
-    for row, query_len, status in zip(self.rows, query_lens, statuses, strict=True):
+    for s, (query_len, status) in enumerate(zip(query_lens, statuses, strict=True)):
+      row = self.rows[s]
       if status == Status.OK and query_len > 0:
+        columns = range(len(row.blocks), self._blocks_for(len(row.tokens) + query_len))
+        for window, own in zip(self.windows, recycles, strict=True):
+          window.grow(s, columns, recycles=own[s])
         while self._capacity(row) < len(row.tokens) + query_len:
           row.blocks.append(self._allocate())
     return statuses
@@ -421,12 +430,16 @@ class ReferenceCache:
       rank += 1
       need = int(len(self.rows[src].tokens) % self.block_size != 0)
       num_needed += need
-      if need and num_needed > self.num_free:
+      pools = [self, *self.windows]
+      if need and any(num_needed > pool.num_free for pool in pools):
         results.append((-1, Status.NO_BLOCKS))
         continue
       taken.append((src, s, need))
       results.append((s, Status.OK))
     for src, s, need in taken:
+      num_full = self._num_full(self.rows[src])
+      for window in self.windows:
+        window.fork(src, s, num_full=num_full, copies=bool(need))
       self.rows[s] = self._copy_row(self.rows[src], copies_last=bool(need))
     return results
 
@@ -452,6 +465,7 @@ class ReferenceCache:
     statuses = [Status.OK] * len(self.rows)
     plans = []
     num_copies = 0
+    num_window_copies = [0] * len(self.windows)
     for s, (row, count) in enumerate(zip(self.rows, num_tokens, strict=True)):
       if count == 0:
         continue
@@ -463,18 +477,31 @@ class ReferenceCache:
         statuses[s] = Status.INVALID
       else:
         new_len = len(row.tokens) - count
-        if not self._has_state_at(row, new_len):
+        if not self._has_state_at(row, new_len) or not all(
+          window.can_return(s, new_len, row.blocks) for window in self.windows
+        ):
           statuses[s] = Status.NO_STATE
           continue
         copies = self._must_copy(row, new_len)
         num_copies += copies
-        if copies and num_copies > self.num_free:
+        is_short = copies and num_copies > self.num_free
+        in_windows = [w.must_copy(s, new_len, row.blocks) for w in self.windows]
+        for i, (window, copies_here) in enumerate(
+          zip(self.windows, in_windows, strict=True)
+        ):
+          num_window_copies[i] += copies_here
+          is_short |= copies_here and num_window_copies[i] > window.num_free
+        if is_short:
           statuses[s] = Status.NO_BLOCKS
         else:
-          plans.append((row, new_len, copies))
-    fresh = [self._allocate() if copies else None for *_, copies in plans]
-    for (row, new_len, copies), copy in zip(plans, fresh, strict=True):
-      self._shorten(row, new_len, copy=copy)
+          plans.append((s, new_len, copies, in_windows))
+    fresh = [self._allocate() if copies else None for _, _, copies, _ in plans]
+    for i, window in enumerate(self.windows):
+      copied = [window._allocate() if plan[3][i] else None for plan in plans]
+      for (s, new_len, *_), copy in zip(plans, copied, strict=True):
+        window.go_back(s, new_len, self.rows[s].blocks, copy=copy)
+    for (s, new_len, copies, _), copy in zip(plans, fresh, strict=True):
+      self._shorten(self.rows[s], new_len, copy=copy)
       assert copies == (copy is not None)
     return statuses
 
@@ -519,6 +546,9 @@ class ReferenceCache:
     """Empties the masked rows."""
     if keep_prefix:
       self.publish()
+    for window in self.windows:
+      for s in np.flatnonzero(mask):
+        window.shorten(s, 0)
     for s, masked in enumerate(mask):
       if masked and self.rows[s].active:
         self._clear_row(s, keep_prefix=keep_prefix)
@@ -532,6 +562,11 @@ class ReferenceCache:
       self._forget(block)
     self.counters["num_evicted"] += count
     return count
+
+  def evict_window_blocks(self, counts):
+    """Frees the least recently used ones of each window; returns how many."""
+    pairs = zip(self.windows, counts, strict=True)
+    return [window.evict(count) for window, count in pairs]
 
   def evict_snapshots(self, count):
     """Frees the least recently used snapshots that no row reads; returns how many."""
@@ -551,6 +586,8 @@ class ReferenceCache:
       self.finish([True] * len(self.rows))
       return
     self.rows = [Row() for _ in self.rows]
+    for window in self.windows:
+      window.reset(len(self.rows))
     self.index.clear()
     self.lru.clear()
     self.snapshots.clear()

@@ -178,7 +178,7 @@ class Scene:
     host, length = self.host, self.length(row)
     texts = []
     for layer in range(len(LAYERS)):
-      for pool, sign in ((host.kv.k, 1), (host.kv.v, -1)):
+      for pool, sign in ((host.kv[0].k, 1), (host.kv[0].v, -1)):
         stored = pool[layer, self.table(row), 0, :, 0].reshape(-1)[:length]
         texts.append((stored * sign - layer).tolist())
     assert all(text == texts[0] for text in texts), texts

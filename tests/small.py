@@ -141,7 +141,7 @@ def text(ctx: Context, row: int) -> list[int]:
   ids, length = tables(ctx)[row], ctx.sequences.seq_lens[row].item()
   stored = np.asarray(ctx.prefix.block_tokens)[ids].reshape(-1)[:length]
   for layer, factor in ((0, 1), (1, 10)):
-    for pool, sign in ((ctx.kv.k, 1), (ctx.kv.v, -1)):
+    for pool, sign in ((ctx.kv[0].k, 1), (ctx.kv[0].v, -1)):
       held = np.asarray(pool)[layer, ids, 0].reshape(-1, 2)[:length]
       np.testing.assert_array_equal(held, np.stack([stored] * 2, 1) * factor * sign)
   return stored.tolist()
@@ -154,7 +154,9 @@ def free(ctx: Context) -> list[int]:
 
 def queue(ctx: Context) -> list[int]:
   """Evictable blocks, the next victim first."""
-  places = {b: place for b, place in enumerate(ctx.prefix.queue_pos.tolist()) if place}
+  places = {
+    b: place for b, place in enumerate(ctx.prefix.ring.queue_pos.tolist()) if place
+  }
   return sorted(places, key=places.__getitem__)
 
 

@@ -360,7 +360,7 @@ def test_attend_reads_the_layer_asked_for():
   """V is minus the token in layer 0, and tenfold in layer 1; K is nothing in both."""
   ctx = small.start(small.empty(), [1, 2, 3, 4, 5], [7, 8])
   ctx = small.append(ctx, {0: [6]})
-  ctx = ctx.replace(kv=ctx.kv.replace(k=jnp.zeros_like(ctx.kv.k)))
+  ctx = ctx.replace(kv=(ctx.kv[0].replace(k=jnp.zeros_like(ctx.kv[0].k)),))
   query_lens = small.rows({0: 2, 1: 1})
   ctx, _ = small.extend(ctx, query_lens, num_tokens=small.NUM_TOKENS)
 

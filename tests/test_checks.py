@@ -38,7 +38,11 @@ def sound():
 
 def change(ctx, part, **fields):
   """Puts values into fields of a part: `field={place: value}` or `field=value`."""
+  part, _, inner = part.partition(".")
   old, new = getattr(ctx, part), {}
+  if inner:
+    new_part = change(old, inner, **fields)
+    return ctx.replace(**{part: new_part})
   for name, value in fields.items():
     array = getattr(old, name)
     if not isinstance(value, dict):
@@ -260,22 +264,22 @@ def twins(ctx):
 
 @breaks("exactly the cached blocks that nobody holds are in the ring")
 def held_in_the_ring(ctx):
-  return change(ctx, "prefix", queue={1: 6}, queue_pos={1: 0, 6: 2})
+  return change(ctx, "prefix.ring", queue={1: 6}, queue_pos={1: 0, 6: 2})
 
 
 @breaks("num_evictable counts them", "capacity is conserved")
 def miscounted(ctx):
-  return change(ctx, "prefix", num_evictable=3)
+  return change(ctx, "prefix.ring", num_waiting=3)
 
 
 @breaks("ring entries name their blocks")
 def passed_by(ctx):
-  return change(ctx, "prefix", queue_head=1)
+  return change(ctx, "prefix.ring", head=1)
 
 
 @breaks("in the ring a child stands before its parent")
 def parent_first(ctx):
-  return change(ctx, "prefix", queue={0: 1, 1: 2}, queue_pos={1: 1, 2: 2})
+  return change(ctx, "prefix.ring", queue={0: 1, 1: 2}, queue_pos={1: 1, 2: 2})
 
 
 # The tests.

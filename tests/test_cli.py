@@ -157,7 +157,7 @@ def test_options_reach_the_loop(capsys, server):
   ]
   assert (config.num_blocks, config.block_size, config.max_seqs) == (9, 4, 2)
   assert call["scheduler"].token_budget == 7
-  assert config.kv_dtype == jnp.int8
+  assert config.attention_layers[0].kv_dtype == jnp.int8
   assert call["stop_tokens"] == (0,)
   run(capsys, "generate", "a", "--ignore-eos")
   assert call is not server.call

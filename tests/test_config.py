@@ -14,6 +14,15 @@ import kvcache
 from kvcache import AttentionLayer, CacheConfig, RecurrentLayer
 
 LAYER = AttentionLayer(num_kv_heads=2, head_dim=8)
+WINDOW = dataclasses.replace(LAYER, sliding_window=9)
+
+
+def shared(layer, **fields):
+  return dataclasses.replace(LAYER, shared_with=layer, **fields)
+
+
+def short_conv(num_channels):
+  return RecurrentLayer.short_conv(num_channels=num_channels, conv_width=2)
 
 
 def make(**fields):
@@ -23,7 +32,8 @@ def make(**fields):
 def test_sizes_come_from_the_fields():
   config = make(block_size=4, max_seqs=5, max_seq_len=30)
   assert config.num_layers == 3
-  assert (config.num_kv_heads, config.head_dim) == (2, 8)
+  (group,) = config.groups
+  assert (group.layer.num_kv_heads, group.layer.head_dim) == (2, 8)
   assert config.max_blocks_per_seq == 8  # 30 tokens need 7.5 blocks
   # 2 (K and V) * 3 layers * 2 heads * 4 tokens * 8 elements * 4 bytes
   assert config.bytes_per_block == 1536
@@ -51,8 +61,8 @@ def test_bytes_are_those_of_the_arrays(dtype, fields):
     layers=[layer] * 3, block_size=4, max_seqs=3, max_seq_len=20, dtype=dtype
   )
   shapes = jax.eval_shape(lambda: kvcache.init(config))
-  assert shapes.kv.k.shape == (3, 10, 2, 4, 8)
-  assert shapes.kv.k.dtype.itemsize == config.kv_dtype.itemsize
+  assert shapes.kv[0].k.shape == (3, 10, 2, 4, 8)
+  assert shapes.kv[0].k.dtype.itemsize == config.groups[0].layer.kv_dtype.itemsize
   in_kv, total = (
     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     for tree in (shapes.kv, shapes)
@@ -68,8 +78,6 @@ def test_the_index_has_room_for_every_block(num_blocks, index_ways):
   buckets = config.num_buckets
   assert buckets & (buckets - 1) == 0
   assert buckets * index_ways >= 4 * num_blocks > buckets // 2 * index_ways
-  # Compaction leaves at most N entries; N pushes later there must still be room.
-  assert config.queue_size >= 2 * num_blocks
 
 
 def test_configs_are_values():
@@ -89,8 +97,19 @@ def test_configs_are_values():
     ({"layers": ()}, "layers must name at least one"),
     ({"layers": (LAYER, "mamba")}, "layers holds 'mamba'"),
     (
-      {"layers": (LAYER, AttentionLayer(num_kv_heads=1, head_dim=8))},
-      "layers of a kind must be alike.*num_kv_heads=1.*num_kv_heads=2",
+      {"layers": (LAYER, short_conv(1), short_conv(2))},
+      "all recurrent layers must be alike",
+    ),
+    ({"layers": (LAYER, shared(1))}, "shared_with=1 of attention layer 1 must name an"),
+    ({"layers": (LAYER, shared(0), shared(1))}, "shared_with=1 of attention layer 2"),
+    (
+      {"layers": (LAYER, shared(0, head_dim=4))},
+      "attention layer 1 is shared with 0 and must be like it.*head_dim=4.*head_dim=8",
+    ),
+    ({"num_window_blocks": 4}, "num_window_blocks is given, but no layer"),
+    (
+      {"layers": (LAYER, WINDOW), "block_size": 4, "num_window_blocks": 3},
+      "num_window_blocks must be at least 4 for .* one sliding_window=9",
     ),
     ({"num_blocks": 1}, "num_blocks must be at least 2.* got 1"),
     ({"num_blocks": 4.0}, "num_blocks .* got 4.0"),
@@ -128,8 +147,10 @@ def test_a_latent_layer_has_no_more_values_than_keys():
 def test_a_layer_may_name_its_own_dtype():
   layer = AttentionLayer(num_kv_heads=2, head_dim=8, dtype="int8")
   config = make(layers=[layer])
-  assert config.is_quantised and config.kv_dtype == np.int8
-  assert make().kv_dtype == np.float32 and not make().is_quantised
+  assert config.attention_layers[0].is_quantised
+  assert config.attention_layers[0].kv_dtype == np.int8
+  (plain,) = make(layers=[LAYER]).attention_layers
+  assert plain.kv_dtype == np.float32 and not plain.is_quantised
   with pytest.raises(ValueError, match="got int16"):
     AttentionLayer(num_kv_heads=2, head_dim=8, dtype="int16")
 

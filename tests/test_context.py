@@ -201,9 +201,9 @@ def test_padding_is_written_nowhere():
     return kvcache.write_kv(ctx, 1, k, k, metadata)
 
   after = write(ctx)
-  want = np.array(ctx.kv.k)
+  want = np.array(ctx.kv[0].k)
   want[1, 2, 0, 1:3] = 7.0
-  np.testing.assert_array_equal(after.kv.k, want)
+  np.testing.assert_array_equal(after.kv[0].k, want)
 
 
 def test_the_layer_may_be_traced():
@@ -220,9 +220,9 @@ def test_the_layer_may_be_traced():
     return jax.lax.scan(layer, ctx, jnp.arange(2))[0]
 
   after = write_all(ctx)
-  assert after.kv.k[:, 2, 0, 1, 0].tolist() == [0.5, 1.5]
-  assert after.kv.v[:, 2, 0, 1, 1].tolist() == [-0.5, -1.5]
-  assert np.count_nonzero(after.kv.k != ctx.kv.k) == 4
+  assert after.kv[0].k[:, 2, 0, 1, 0].tolist() == [0.5, 1.5]
+  assert after.kv[0].v[:, 2, 0, 1, 1].tolist() == [-0.5, -1.5]
+  assert np.count_nonzero(after.kv[0].k != ctx.kv[0].k) == 4
 
 
 @pytest.mark.parametrize(

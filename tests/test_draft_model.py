@@ -187,6 +187,11 @@ def test_bad_drafters_are_named(kwargs, message):
 
 def test_contexts_that_do_not_fit_are_refused():
   hybrid = toy.config(is_hybrid=True, num_blocks=9, max_seqs=6)
+  (layer, _) = CROWDED.sizes.layers
+  window = dataclasses.replace(layer, sliding_window=4)
+  sizes = dataclasses.replace(CROWDED.sizes, layers=(window,))
+  with pytest.raises(ValueError, match="config has sliding windows"):
+    drafter(config=sizes)
   with pytest.raises(ValueError, match="config has recurrent layers"):
     drafter(config=hybrid)
   other = drafter(config=dataclasses.replace(SIZES, max_seqs=5))

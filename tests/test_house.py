@@ -21,12 +21,13 @@ PARTS = {"blocks", "sequences", "prefix", "kv", "states"}
 # Floors of kvcache, the ground floor first. A module imports from its own floor or from
 # floors below, never from above. `kvcache` is the front door, kvcache/__init__.py.
 FLOORS = (
-  {"config", "errors", "ragged", "hashing", "arguments"},
+  {"config", "errors", "ragged", "ring", "hashing", "arguments"},
   PARTS,
-  {"metadata", "state_rows"},
+  {"state_rows", "windows"},
+  {"metadata"},
   {"publishing", "releasing"},
   {"context"},
-  {"lifecycle"},
+  {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
   {"scheduler", "speculation", "draft_model"},

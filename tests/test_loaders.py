@@ -19,7 +19,7 @@ from tests.model_runs import admit, context_for, feed, greedy
 
 GOLDENS = Path(__file__).parent / "goldens"
 LLAMAS = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
-TINY = (*LLAMAS, "tiny_gemma2")
+TINY = (*LLAMAS, "tiny_mistral", "tiny_gemma2")
 
 
 def golden(name: str) -> dict:
@@ -56,6 +56,7 @@ def test_the_folders_cover_what_loaders_distinguish():
   assert configs["tiny_qwen2"].attention_bias and configs["tiny_qwen2"].tie_embeddings
   assert (GOLDENS / "tiny_qwen2" / "model.safetensors.index.json").is_file()
   assert configs["tiny_qwen3"].qk_norm and not configs["tiny_qwen3"].attention_bias
+  assert configs["tiny_mistral"].sliding_window == 12
   assert configs["tiny_gemma2"].windows == (12, None, 12, None)  # of 60 tokens
   assert configs["tiny_gemma2"].attention_soft_cap == 3.0
   stored = load_bfloat16(GOLDENS / "tiny_qwen3" / "model.safetensors")
@@ -102,8 +103,8 @@ def test_stop_tokens_come_from_the_generation_config_first(folder):
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ({"hidden_act": "gelu"}, "activation 'gelu'"),
     (
-      {"model_type": "mistral", "sliding_window": 64},
-      "sliding window attention is not supported",
+      {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+      "windows in some of the layers are not supported",
     ),
     (
       {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},

@@ -27,6 +27,7 @@ CONFIG = CacheConfig(
 )
 SCHEDULER = SchedulerConfig(token_budget=24, max_admissions=4)
 NUM_BLOCKS = CONFIG.num_blocks
+RING_SIZE = 3 * NUM_BLOCKS  # slots of the eviction ring
 POOL_ELEMENTS = CONFIG.num_bytes // 2 // CONFIG.dtype.itemsize  # of k, and of v
 MAX_TEMPORARIES = 0.05  # of the pools' bytes
 VERBS = programs.verbs(CONFIG, num_tokens=SCHEDULER.token_budget)
@@ -77,7 +78,7 @@ def compile_program(run, *arguments, donate=0):
 
 @functools.cache
 def compiled(name, config=CONFIG):
-  if name in VERBS or name == "evict_snapshots":
+  if name not in LOOPS:
     program = programs.verbs(config, num_tokens=SCHEDULER.token_budget)[name]
     run, arguments = program.run, program.arguments
   else:
@@ -96,9 +97,9 @@ def is_compaction(module, loop):
   nested = {
     id(i)
     for inner in module.whiles(body)
-    for i in module.scans(CONFIG.queue_size, inner.callees["body"])
+    for i in module.scans(RING_SIZE, inner.callees["body"])
   }
-  return any(id(i) not in nested for i in module.scans(CONFIG.queue_size, body))
+  return any(id(i) not in nested for i in module.scans(RING_SIZE, body))
 
 
 def compactions(module):
@@ -112,7 +113,7 @@ def table_rewrites(module):
   return [
     str(i)
     for i in module.rewrites(NUM_BLOCKS)
-    if not (i.computation in excused and i.num_elements == CONFIG.queue_size)
+    if not (i.computation in excused and i.num_elements == RING_SIZE)
   ]
 
 
@@ -179,7 +180,8 @@ def test_nothing_reads_a_whole_table_but_the_compaction_of_the_ring(name):
 def steps_of_serve():
   """The body of each loop that runs model steps, by the tokens `T` of a step."""
   module = compiled("serve").module
-  per_token = CONFIG.num_kv_heads * CONFIG.head_dim
+  (group,) = CONFIG.groups
+  per_token = group.layer.num_kv_heads * group.layer.head_dim
   bodies = {}
   for outer in module.whiles():
     for inner in module.whiles(outer.callees["body"]):
@@ -300,6 +302,44 @@ def test_speculation_copies_neither_pool_nor_states():
   assert program.temp_bytes < MAX_TEMPORARIES * config.num_bytes
 
 
+# --- Sliding windows ------------------------------------------------------------------
+
+# Their pool is as large as the context's, so that the same sizes are looked for.
+WINDOWED = dataclasses.replace(
+  CONFIG,
+  layers=(CONFIG.layers[0], dataclasses.replace(CONFIG.layers[0], sliding_window=33)),
+  num_window_blocks=NUM_BLOCKS,
+)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "admit",
+    "fork",
+    "rewind",
+    "abandon",
+    "publish",
+    "evict",
+    "evict_window_blocks",
+    "decode_step",
+    "mixed_step",
+    "serve",
+  ],
+)
+def test_no_instruction_writes_all_of_a_window_s_pool(name):
+  ctx, program = abstract_context(WINDOWED), compiled(name, WINDOWED)
+  leaves = range(len(jax.tree.leaves(ctx)))
+  assert [program.module.aliases.get(leaf) for leaf in leaves] == list(leaves)
+  elements = POOL_ELEMENTS // CONFIG.num_layers
+  assert not [str(i) for i in program.module.rewrites(elements)]
+  assert not table_rewrites(program.module)
+  assert program.temp_bytes < MAX_TEMPORARIES * WINDOWED.num_bytes
+  if name == "decode_step":
+    assert not [i for i in program.module.walk() if i.opcode == "while"]
+    assert not program.module.scans(NUM_BLOCKS)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_narrow_pools_are_never_rewritten(dtype):
   """XLA would convert a whole float8 pool to write a row; here nothing is converted."""
@@ -315,6 +355,6 @@ def test_narrow_pools_are_never_rewritten(dtype):
   ctx = abstract_context(config)
   program = compile_program(run, ctx, rows, rows)
   assert program.alias_bytes >= num_bytes(ctx)
-  scales = POOL_ELEMENTS // config.head_dim
+  scales = POOL_ELEMENTS // config.attention_layers[0].head_dim
   assert not [str(i) for i in program.module.rewrites(scales)]
   assert program.temp_bytes < MAX_TEMPORARIES * config.num_bytes

@@ -96,7 +96,7 @@ def test_scanned_and_unrolled_layers_compute_the_same():
     ctx = context_for(BASE)
     ctx, row, _ = admit(ctx, PROMPT)
     logits, ctx = feed(function, ctx, row, PROMPT)
-    outs.append((logits, np.asarray(ctx.kv.k)))
+    outs.append((logits, np.asarray(ctx.kv[0].k)))
   np.testing.assert_allclose(outs[0][0], outs[1][0], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(outs[0][1], outs[1][1], rtol=1e-5, atol=1e-5)
 
@@ -141,7 +141,7 @@ def test_padding_tokens_may_be_anything():
     tokens = jnp.asarray([*PROMPT[:3], junk], jnp.int32)
     logits, ctx, _ = run_step(function, ctx, tokens, lens, num_tokens=4)
     assert np.isfinite(np.asarray(logits)).all()
-    outs.append((np.asarray(logits[row]), np.asarray(ctx.kv.v)))
+    outs.append((np.asarray(logits[row]), np.asarray(ctx.kv[0].v)))
   for logits, values in outs[1:]:
     np.testing.assert_array_equal(logits, outs[0][0])
     np.testing.assert_array_equal(values, outs[0][1])
@@ -170,7 +170,7 @@ def test_bfloat16_weights_give_float32_logits_close_to_float32():
     ctx, row, _ = admit(ctx, PROMPT[:9])
     logits, ctx = feed(as_function(model), ctx, row, PROMPT[:9])
     assert logits.dtype == np.float32
-    assert ctx.kv.k.dtype == model.config.dtype
+    assert ctx.kv[0].k.dtype == model.config.dtype
     outs.append(logits)
   np.testing.assert_allclose(outs[0], outs[1], atol=0.15)
   assert np.abs(outs[0] - outs[1]).max() > 1e-4  # it was not float32 all along
@@ -259,7 +259,7 @@ def test_decoding_copies_neither_the_pool_nor_the_weights(scan_layers):
   block_weights = 4 * (64 * 64 + 32 * 64 + 3 * 64 * 256)
   allowed = 100_000 + scan_layers * block_weights
   assert program.memory_analysis().temp_size_in_bytes < allowed
-  assert ctx.kv.k.nbytes + 3 * block_weights > 2 * allowed  # either copy would show
+  assert ctx.kv[0].k.nbytes + 3 * block_weights > 2 * allowed  # either copy would show
   for pool in ("f32[3,512,2,4,8]", "f32[1536,2,4,8]", "f32[512,64]"):
     copies = [line for line in program.as_text().splitlines() if f"= {pool}" in line]
     assert not [line for line in copies if " copy(" in line or " transpose(" in line]

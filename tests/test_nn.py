@@ -18,6 +18,8 @@ from kvcache.nn import (
   PagedAttention,
   RMSNorm,
   Rotary,
+  yarn_factors,
+  yarn_scale,
 )
 from kvcache.nn.linear import multiply
 from tests.model_runs import admit, context_for, run_step
@@ -92,6 +94,32 @@ def test_llama3_scaling_keeps_fast_planes_and_slows_slow_ones():
   np.testing.assert_allclose(factors[turns < 1.0], 8.0, rtol=1e-6)
   between = factors[(turns > 1.0) & (turns < 4.0)]
   assert between.size and (between > 1.0).all() and (between < 8.0).all()
+
+
+def test_yarn_blends_from_kept_planes_to_divided_ones():
+  sizes = {"head_dim": 64, "theta": 10000.0, "factor": 40.0}
+  factors = np.asarray(yarn_factors(**sizes, original_max_position=4096))
+  turns = 4096 * Rotary(head_dim=64).frequencies / (2 * np.pi)
+  np.testing.assert_allclose(factors[turns > 32 * 1.4], 1.0, rtol=1e-6)
+  np.testing.assert_allclose(factors[turns < 1 / 1.4], 40.0, rtol=1e-6)
+  assert (np.diff(factors) >= 0).all() and len(set(factors)) > 10
+  # Without whole planes the blend begins at exactly `beta_fast` turns.
+  exact = yarn_factors(**sizes, original_max_position=4096, truncate=False)
+  assert ((np.asarray(exact) > 1.0) == (turns < 32)).all()
+  # Nothing to blend between: a step.
+  ends = {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False}
+  step = yarn_factors(**sizes, original_max_position=4096, **ends)
+  np.testing.assert_allclose(step, np.where(turns < 4, 40.0, 1.0), rtol=1e-6)
+
+
+def test_yarn_lengthens_what_is_turned():
+  assert yarn_scale(1.0) == yarn_scale(0.5) == 1.0
+  assert yarn_scale(np.e) == pytest.approx(1.1)
+  assert yarn_scale(np.e, 0.5) == pytest.approx(1.05)
+  x, at = normal(1, 1, 4), jnp.asarray([3])
+  long = apply_rotary(x, Rotary(head_dim=4, scale=1.5)(at))
+  plain = apply_rotary(x, Rotary(head_dim=4)(at))
+  np.testing.assert_allclose(long, 1.5 * plain, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 40])
@@ -220,7 +248,9 @@ def test_paged_attention_writes_its_own_layer_only():
   _, ctx, _ = run_step(
     model, ctx, jnp.arange(16, dtype=jnp.int32) % 5, lens, num_tokens=16
   )
-  written = [np.count_nonzero(np.asarray(ctx.kv.k[layer]).any(-1)) for layer in (0, 1)]
+  written = [
+    np.count_nonzero(np.asarray(ctx.kv[0].k[layer]).any(-1)) for layer in (0, 1)
+  ]
   assert written == [0, 3 * 2]  # tokens times kv heads
 
 
@@ -243,7 +273,7 @@ def test_paged_attention_takes_a_traced_layer_and_a_shared_rotation():
 
   (out, after), (traced, traced_after) = both(function, ctx, jnp.int32(1))
   np.testing.assert_allclose(traced, out, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(traced_after.kv.k, after.kv.k, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(traced_after.kv[0].k, after.kv[0].k, rtol=1e-5, atol=1e-6)
 
 
 def test_query_heads_must_be_a_multiple_of_kv_heads():

@@ -20,7 +20,6 @@ init = functools.partial(
   num_blocks=N,
   block_size=BLOCK,
   num_buckets=8,
-  queue_size=3 * N,
   salt=jnp.zeros(2, jnp.uint32),
 )
 store_tokens = jax.jit(prefix.store_tokens)
@@ -291,7 +290,7 @@ def test_tokens_are_stored_and_copied_and_padding_is_dropped():
 
 
 def queue(index):
-  places = {b: place for b, place in enumerate(index.queue_pos.tolist()) if place}
+  places = {b: place for b, place in enumerate(index.ring.queue_pos.tolist()) if place}
   assert len(places) == index.num_evictable
   return sorted(places, key=places.__getitem__)
 
@@ -357,13 +356,13 @@ def test_the_ring_is_compacted_when_its_end_comes_near(waiting):
   index = waiting
   for _ in range(7):  # 4 + 7 * 4 = 32 of 36 slots are used
     index = push(dequeue(index, ints([5, 8, 6, 3, 0])), 5, 8, 6, 3)
-  assert index.queue_tail == 32
+  assert index.ring.tail == 32
   same = compact_queue(index, jnp.int32(4))
-  assert same.queue_tail == 32
+  assert same.ring.tail == 32
   packed = compact_queue(index, jnp.int32(5))
-  assert packed.queue_head == 0 and packed.queue_tail == 4
+  assert packed.ring.head == 0 and packed.ring.tail == 4
   assert queue(packed) == [5, 8, 6, 3]
-  assert packed.queue[:4].tolist() == [5, 8, 6, 3]
+  assert packed.ring.queue[:4].tolist() == [5, 8, 6, 3]
   assert packed.num_evictable == 4
   index, ids = taken(packed, 2)
   assert ids == [5, 8]
@@ -376,4 +375,4 @@ def test_compaction_forgets_who_was_evicted_or_adopted(waiting):
   index = dequeue(index, ints([6, 0, 0, 0, 0]))
   index = compact_queue(index, jnp.int32(3 * N - 3))
   assert queue(index) == [8, 3]
-  assert index.queue[:3].tolist() == [8, 3, 0] and index.queue_tail == 2
+  assert index.ring.queue[:3].tolist() == [8, 3, 0] and index.ring.tail == 2

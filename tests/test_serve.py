@@ -49,7 +49,14 @@ class Case:
 
   def expected(self, prompts, max_new_tokens, **kwargs):
     limit = min(self.sizes.max_tokens_per_seq, self.width - 1)
-    return toy.expected(prompts, max_new_tokens, max_tokens_per_seq=limit, **kwargs)
+    (window,) = self.sizes.windows or (None,)
+    return toy.expected(
+      prompts,
+      max_new_tokens,
+      max_tokens_per_seq=limit,
+      sliding_window=window,
+      **kwargs,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="case", donate_argnums=(0, 1))

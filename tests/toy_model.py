@@ -4,9 +4,10 @@ Layer 0 keeps each token; layer 1 keeps a fingerprint of all tokens up to it and
 namespace it was computed in. Logits hash every fingerprint of the row, read through the
 block table. So a block that is lost, stale, shared with another prefix or namespace, or
 not yet computed changes the tokens that follow. With a recurrent layer the sum that
-fingerprints are made of comes from its state instead of from layer 0. `expected`
-computes the same in NumPy from a request alone: it knows nothing of blocks, rows, steps
-or neighbours.
+fingerprints are made of comes from its state instead of from layer 0. With a sliding
+window layer 2 keeps another fingerprint, and the last few of these are hashed in as
+well. `expected` computes the same in NumPy from a request alone: it knows nothing of
+blocks, rows, steps or neighbours.
 """
 
 from collections.abc import Sequence
@@ -33,13 +34,16 @@ VOCAB = 32
 NEVER = 2**30  # as `max_new_tokens`: only a stop token or the end of memory ends it
 
 
-def config(*, is_hybrid: bool = False, **sizes) -> CacheConfig:
+def config(
+  *, is_hybrid: bool = False, sliding_window: int | None = None, **sizes
+) -> CacheConfig:
   """Makes a configuration for the model."""
   layer = AttentionLayer(num_kv_heads=1, head_dim=1)
   total = RecurrentLayer(state={"sum": jax.ShapeDtypeStruct((), np.uint32)})
-  return CacheConfig(
-    layers=(layer, total, layer) if is_hybrid else (layer,) * 2, **sizes
-  )
+  layers = (layer, total, layer) if is_hybrid else (layer,) * 2
+  if sliding_window is not None:
+    layers += (dataclasses.replace(layer, sliding_window=sliding_window),)
+  return CacheConfig(layers=layers, **sizes)
 
 
 def fresh(sizes: CacheConfig, **kwargs) -> kvcache.Context:
@@ -138,26 +142,44 @@ def model(tokens, metadata, ctx):
     values = values.astype(jnp.float32)[:, None, None]
     return kvcache.write_kv(ctx, layer, values, -values, metadata)
 
-  def read(ctx, layer):
-    pool = ctx.kv.flat().k
+  def read(ctx, layer, tables, is_readable):
+    group, place = sizes.places[layer]
+    store = ctx.kv[group]
+    pool = store.flat().k
     values, k = lax.optimization_barrier(
-      (pool[metadata.block_tables + layer * sizes.num_blocks], ctx.kv.k)
+      (pool[tables + place * store.num_blocks], store.k)
     )
-    values = jnp.where(is_stored, values.reshape(sizes.max_seqs, length), 0)
-    return values.astype(jnp.uint32), ctx.replace(kv=ctx.kv.replace(k=k))
+    values = jnp.where(is_readable, values.reshape(sizes.max_seqs, length), 0)
+    stores = list(ctx.kv)
+    stores[group] = store.replace(k=k)
+    return values.astype(jnp.uint32), ctx.replace(kv=tuple(stores))
+
+  def read_all(ctx, layer):
+    return read(ctx, layer, metadata.block_tables, is_stored)
 
   if sizes.num_recurrent_layers:
     sums, ctx = _sums_by_state(tokens, metadata, ctx)
   else:
-    stored, ctx = read(write(ctx, 0, tokens), 0)
+    stored, ctx = read_all(write(ctx, 0, tokens), 0)
     words = jnp.where(is_stored, _word(stored, position), np.uint32(0))
     sums = jnp.cumsum(words, axis=1)[metadata.seq_ids, metadata.positions]
   namespaces = ctx.sequences.namespaces[metadata.seq_ids].astype(jnp.uint32)
-  stored, ctx = read(write(ctx, 1, _fingerprint(sums, namespaces)), 1)
+  stored, ctx = read_all(write(ctx, 1, _fingerprint(sums, namespaces)), 1)
   traces = jnp.where(is_stored, _trace(stored, position), np.uint32(0))
   last = metadata.logits_indices
   totals = jnp.cumsum(traces, axis=1)
-  scores = _scores(totals[metadata.seq_ids[last], metadata.positions[last]])
+  rows, at = metadata.seq_ids[last], metadata.positions[last]
+  totals = totals[rows, at]
+  for window in sizes.windows:
+    first = metadata.seq_lens - metadata.query_lens - (window - 1)
+    is_seen = is_stored & (position.astype(jnp.int32) >= first[:, None])
+    ctx = write(ctx, 2, _fingerprint(sums + np.uint32(1), namespaces))
+    stored, ctx = read(ctx, 2, metadata.windows[0].block_tables, is_seen)
+    traces = jnp.where(is_seen, _trace(stored, position), np.uint32(0))
+    running = jnp.pad(jnp.cumsum(traces, axis=1), ((0, 0), (1, 0)))
+    begin = jnp.maximum(at + 1 - window, 0)
+    totals += running[rows, at + 1] - running[rows, begin]
+  scores = _scores(totals)
   return scores.astype(jnp.float32) / 512.0, ctx
 
 
@@ -186,12 +208,17 @@ class Expected:
   finish_reason: str
 
 
-def next_logits(text: Sequence[int], *, namespace: int = 0) -> np.ndarray:
+def next_logits(
+  text: Sequence[int], *, namespace: int = 0, sliding_window: int | None = None
+) -> np.ndarray:
   """Logits `[VOCAB]` after a text, from the text alone."""
   position = np.arange(len(text), dtype=np.uint32)
   sums = np.cumsum(_word(np.array(text, np.uint32), position), dtype=np.uint32)
   traces = _trace(_fingerprint(sums, np.uint32(namespace)), position)
   total = np.sum(traces, dtype=np.uint32, keepdims=True)
+  if sliding_window is not None:
+    prints = _fingerprint(sums + np.uint32(1), np.uint32(namespace))
+    total += np.sum(_trace(prints, position)[-sliding_window:], dtype=np.uint32)
   return _scores(total)[0].astype(np.float32) / np.float32(512)
 
 
@@ -203,6 +230,7 @@ def expected(
   stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
   namespaces: Sequence[int] | None = None,
   params: Sequence[SamplingParams] | None = None,
+  sliding_window: int | None = None,
 ) -> list[Expected]:
   """Computes what each request must get, from itself alone.
 
@@ -222,10 +250,15 @@ def expected(
   for i in np.flatnonzero(live):
     table[i, : prompt_lens[i]] = prompts[i]
 
+  seen = np.zeros((num, sliding_window or 0), np.uint32)  # traces, by place modulo W
+
   def take(tokens, mask):
     position = lens.astype(np.uint32)
     sums[mask] += _word(tokens, position)[mask]
     totals[mask] += _trace(_fingerprint(sums, spaces), position)[mask]
+    if sliding_window is not None:
+      new = _trace(_fingerprint(sums + np.uint32(1), spaces), position)
+      seen[mask, lens[mask] % sliding_window] = new[mask]
     lens[mask] += 1
 
   for column in range(longest):
@@ -233,7 +266,8 @@ def expected(
   outputs, logprobs = [[] for _ in range(num)], [[] for _ in range(num)]
   settings = sampling.make_settings(params) if params else None
   while live.any():
-    logits = _scores(totals).astype(np.float32) / np.float32(512)
+    in_window = seen.sum(axis=1, dtype=np.uint32)
+    logits = _scores(totals + in_window).astype(np.float32) / np.float32(512)
     chosen = np.argmax(logits, axis=1)
     if settings is not None:
       positions = jnp.asarray(lens, jnp.int32)

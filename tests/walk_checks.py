@@ -12,7 +12,9 @@ import numpy as np
 
 import kvcache
 from kvcache import CacheConfig, Context
-from tests.reference import Block, Prefix, ReferenceCache
+from tests import walk_windows
+from tests.reference import ReferenceCache
+from tests.reference_rows import Block, Prefix
 
 PRINT_BITS = 22  # fingerprints are whole numbers that float32 holds exactly
 SM_SCALE = 2.0**-PRINT_BITS  # keeps the logits of such keys small
@@ -34,8 +36,8 @@ def cached_prefixes(host: Context) -> dict[int, Prefix]:
 
 def evictable_blocks(host: Context) -> list[int]:
   """The queue of evictable blocks, the next victim first."""
-  waiting = np.flatnonzero(host.prefix.queue_pos)
-  return waiting[np.argsort(host.prefix.queue_pos[waiting])].tolist()
+  waiting = np.flatnonzero(host.prefix.ring.queue_pos)
+  return waiting[np.argsort(host.prefix.ring.queue_pos[waiting])].tolist()
 
 
 # Invariants.
@@ -45,6 +47,7 @@ def check_invariants(host: Context) -> None:
   """Asserts everything that must hold after any sequence of verbs."""
   for part in (_check_pool, _check_rows, _check_index, _check_queue, _check_states):
     part(host)
+  walk_windows.check_invariants(host)
 
 
 def _check_pool(host):
@@ -61,7 +64,7 @@ def _check_pool(host):
   kinds = is_free.astype(int) + is_evictable + (held > 0)
   assert (kinds[1:] == 1).all(), "a block is not exactly one of free, evictable, in use"
   assert is_evictable.sum() == host.prefix.num_evictable, "num_evictable"
-  assert not host.prefix.way_of[0] and not host.prefix.queue_pos[0], (
+  assert not host.prefix.way_of[0] and not host.prefix.ring.queue_pos[0], (
     "null block is used"
   )
 
@@ -122,14 +125,15 @@ def _check_index(host):
 
 def _check_queue(host):
   index, refs = host.prefix, host.pool.ref_counts
-  waits = index.queue_pos > 0
+  ring = index.ring
+  waits = ring.queue_pos > 0
   assert (waits == ((index.way_of > 0) & (refs == 0))).all(), "queue_pos"
   blocks = np.flatnonzero(waits)
-  places = index.queue_pos[blocks] - 1
-  assert (index.queue[places] == blocks).all(), "the ring has another block there"
-  assert (index.queue_head <= places).all() and (places < index.queue_tail).all()
+  places = ring.queue_pos[blocks] - 1
+  assert (ring.queue[places] == blocks).all(), "the ring has another block there"
+  assert (ring.head <= places).all() and (places < ring.tail).all()
   parents = index.parent[blocks]
-  before = waits[parents] & (index.queue_pos[parents] - 1 < places)
+  before = waits[parents] & (ring.queue_pos[parents] - 1 < places)
   assert not before.any(), "a parent stands before its child"
 
 
@@ -196,6 +200,7 @@ def check_oracle(host: Context, oracle: ReferenceCache) -> None:
   assert len(set(map(id, twins.values()))) == len(twins), "two ids, one block"
   refs = host.pool.ref_counts
   _check_oracle_states(host, oracle, twins)
+  walk_windows.check_oracle(host, oracle, twins)
   for block_id, block in twins.items():
     assert refs[block_id] == block.refs, f"ref_counts of {block_id}, not {block.refs}"
     assert (block_id in prefixes) == (block.prefix is not None), "cached or not"
@@ -283,6 +288,7 @@ def check_metadata(metadata, queries, effective, is_decode, before) -> None:
     values = getattr(metadata, name)
     assert (values >= 0).all(), name
   assert same_bits(metadata.block_tables, rows.block_tables), "block_tables"
+  walk_windows.check_view(metadata.windows, queries, before)
 
 
 def check_views(before: Context, ctx: Context, host: Context) -> None:
@@ -305,9 +311,15 @@ def check_views(before: Context, ctx: Context, host: Context) -> None:
     "num_shared": (refs > 1).sum(),
     "num_references": refs.sum(),
     "num_cached": len(new),
+    "num_window_free": [window.pool.num_free for window in host.windows],
+    "num_window_evictable": [window.ring.num_waiting for window in host.windows],
   }
   for name, value in wanted.items():
-    assert getattr(stats, name) == value, (name, getattr(stats, name), value)
+    assert np.array_equal(getattr(stats, name), value), (
+      name,
+      getattr(stats, name),
+      value,
+    )
 
 
 _events, _stats = jax.jit(kvcache.events), jax.jit(kvcache.stats)
@@ -327,7 +339,7 @@ def fingerprints(namespace: int, tokens: tuple[int, ...]) -> np.ndarray:
 
 def contents(cache: CacheConfig, prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """K and V `[L, *prints.shape, K, D]` of tokens with these fingerprints."""
-  layer = cache.layer
+  layer = cache.attention_layers[0]
   places = (2, cache.num_layers, layer.num_kv_heads, layer.head_dim)
   factors = np.arange(np.prod(places), dtype=np.uint32).reshape(places)
   factors = factors * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B)  # all odd
@@ -368,20 +380,20 @@ def states_read(cache, oracle, effective) -> dict[str, np.ndarray]:
 
 def rounded(cache: CacheConfig, x: np.ndarray) -> np.ndarray:
   """What the cache can keep of `x [..., D]`, as float32."""
-  if not cache.is_quantised:
-    return x.astype(cache.kv_dtype).astype(np.float32)
-  largest = 127 if cache.kv_dtype == np.int8 else 448
+  layer = cache.attention_layers[0]
+  if not layer.is_quantised:
+    return x.astype(layer.kv_dtype).astype(np.float32)
+  largest = 127 if layer.kv_dtype == np.int8 else 448
   scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(largest)
   scaled = x / np.where(scale == 0, np.float32(1), scale)
-  if cache.kv_dtype == np.int8:
+  if layer.kv_dtype == np.int8:
     scaled = np.round(scaled)
-  return scaled.astype(cache.kv_dtype).astype(np.float32) * scale
+  return scaled.astype(layer.kv_dtype).astype(np.float32) * scale
 
 
-def stored(host: Context) -> tuple[np.ndarray, np.ndarray]:
-  """The K and V that a context holds, `[L, N, K, block_size, D]` float32."""
-  kinds = {"uint8": ml_dtypes.float8_e4m3fn}
-  store, pools = host.kv, []
+def stored(store) -> tuple[np.ndarray, np.ndarray]:
+  """The K and V that a store holds, `[L, N, K, block_size, D]` float32."""
+  kinds, pools = {"uint8": ml_dtypes.float8_e4m3fn}, []
   for pool, scale in ((store.k, store.k_scale), (store.v, store.v_scale)):
     pool = pool.view(kinds.get(pool.dtype.name, pool.dtype)).astype(np.float32)
     pools.append(pool if scale is None else pool * scale[..., None])
@@ -400,6 +412,9 @@ def attend_densely(cache, oracle, queries, tokens, q) -> np.ndarray:
     keys, values = (
       rounded(cache, x[-1, :, 0]).astype(np.float64) for x in contents(cache, prints)
     )
+    width = cache.attention_layers[-1].sliding_window
+    if width is not None:
+      keys, values = keys[-width:], values[-width:]
     logits = q[query.index] @ keys.T * SM_SCALE  # [H, tokens]; there is one kv head
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     out[query.index] = weights @ values / weights.sum(axis=1, keepdims=True)
@@ -409,23 +424,38 @@ def attend_densely(cache, oracle, queries, tokens, q) -> np.ndarray:
 def check_contents(host: Context, oracle: ReferenceCache) -> None:
   """Asserts that every stored token of a row or a cached block has its K and V."""
   block_size = host.prefix.block_size
+  row_prints = [fingerprints(r.namespace, tuple(r.tokens)) for r in oracle.rows]
+  cached_prints = {
+    block: fingerprints(namespace, tokens)[-block_size:]
+    for block, (namespace, tokens) in cached_prefixes(host).items()
+  }
   prints = np.zeros(host.prefix.block_tokens.shape, np.uint32)
   expected = np.zeros(prints.shape, bool)
-  for row, table in zip(oracle.rows, host.sequences.block_tables, strict=True):
-    position = np.arange(len(row.tokens))
+  for own, table in zip(row_prints, host.sequences.block_tables, strict=True):
+    position = np.arange(len(own))
     slots = table[position // block_size], position % block_size
-    prints[slots] = fingerprints(row.namespace, tuple(row.tokens))
-    expected[slots] = True
-  for block, (namespace, tokens) in cached_prefixes(host).items():
+    prints[slots], expected[slots] = own, True
+  for block, own in cached_prints.items():
     if not expected[block].all():
-      prints[block] = fingerprints(namespace, tokens)[-block_size:]
-      expected[block] = True
-  wanted = contents(host.config, prints)
-  for pool, values in zip(stored(host), wanted, strict=True):
-    held = np.swapaxes(pool, 2, 3)  # [L, N, block_size, K, D], as `values` is
-    values = rounded(host.config, values)
-    wrong = (~np.isclose(held, values, rtol=1e-6, atol=0)).any((0, 3, 4)) & expected
-    assert not wrong.any(), f"wrong K/V in (block, offset) {np.argwhere(wrong)}"
+      prints[block], expected[block] = own, True
+  held = [(prints, expected)]
+  for window in range(len(host.windows)):
+    own = walk_windows.tokens_held(host, window, row_prints, cached_prints)
+    held.append(own)
+  for group, store in zip(host.config.groups, host.kv, strict=True):
+    prints, expected = held[_pool_of(host.config, group)]
+    wanted = contents(host.config, prints)
+    for pool, values in zip(stored(store), wanted, strict=True):
+      there = np.swapaxes(pool, 2, 3)  # [L, N, block_size, K, D], as `values` is
+      values = rounded(host.config, values[list(group.members)])
+      wrong = (~np.isclose(there, values, rtol=1e-6, atol=0)).any((0, 3, 4)) & expected
+      assert not wrong.any(), f"wrong K/V in (block, offset) {np.argwhere(wrong)}"
+
+
+def _pool_of(config: CacheConfig, group) -> int:
+  """0 for the blocks of the context, else one plus the index of the window."""
+  window = group.layer.sliding_window
+  return 0 if window is None else 1 + config.windows.index(window)
 
 
 def check_states(host: Context, oracle: ReferenceCache) -> None:
@@ -447,11 +477,15 @@ def check_states(host: Context, oracle: ReferenceCache) -> None:
 
 def check_untouched(before: Context, after: Context) -> None:
   """Asserts that blocks which nobody owned before and after still hold only NaN."""
-  owned = np.zeros(after.pool.ref_counts.shape, bool)
+  owned = [np.zeros(w.pool.ref_counts.shape, bool) for w in (after, *after.windows)]
   for host in (before, after):
-    owned |= (host.pool.ref_counts > 0) | (host.prefix.way_of > 0)
-  for pool in stored(after):
-    assert np.isnan(pool[:, ~owned]).all(), "a block that nobody owns was written"
+    owned[0] |= (host.pool.ref_counts > 0) | (host.prefix.way_of > 0)
+    for window in range(len(host.windows)):
+      owned[1 + window] |= walk_windows.owned(host, window)
+  for group, store in zip(after.config.groups, after.kv, strict=True):
+    in_use = owned[_pool_of(after.config, group)]
+    for pool in stored(store):
+      assert np.isnan(pool[:, ~in_use]).all(), "a block that nobody owns was written"
 
 
 def to_host(tree):

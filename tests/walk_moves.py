@@ -120,6 +120,27 @@ for name, like, num_snapshots, interval in (
     phases=("snapshots", "decode", "snapshots", "restart"),
   )
 
+# Windows of one to three blocks, beside layers that keep everything.
+for name, like, width, num, is_hybrid in (
+  ("windows", "small", 7, 30, False),
+  ("windows_tiny", "tiny", 3, 9, False),
+  ("windows_decode", "long_decode", 9, 60, False),
+  ("windows_short", "single_token_blocks", 2, 14, False),
+  ("three_groups", "small", 6, 28, True),
+):
+  layer = dataclasses.replace(ATTENTION, sliding_window=width)
+  layers = (ATTENTION, RECURRENT, layer) if is_hybrid else (ATTENTION, layer, layer)
+  CONFIGS[name] = dataclasses.replace(
+    CONFIGS[like],
+    cache=dataclasses.replace(
+      CONFIGS[like].cache,
+      layers=layers,
+      num_window_blocks=num,
+      num_snapshots=8 if is_hybrid else None,
+      snapshot_interval=2,
+    ),
+    phases=("windows", "decode", "crowd", "windows", "churn"),
+  )
 CONFIGS["hybrid_drafts"] = dataclasses.replace(
   CONFIGS["hybrid"],
   cache=dataclasses.replace(
@@ -189,6 +210,18 @@ PHASES = {
     "evict": 1,
     "evict_snapshots": 2,
     "reset": 0.1,
+  },
+  "windows": {
+    "admit": 5,
+    "extend+step": 12,
+    "extend_decode+step_decode": 8,
+    "publish": 3,
+    "finish": 2,
+    "abandon": 1,
+    "fork": 2,
+    "rewind": 4,
+    "evict": 1,
+    "evict_window_blocks": 2,
   },
   "drafts": {
     "extend_draft+draft": 12,
@@ -421,3 +454,7 @@ class Proposer:
   def _propose_evict(self):
     counts = [0, 1, 1, 2, 3, 5, INT_MAX, -1, INT_MIN]
     return {"count": np.int32(self.rng.choice(counts))}
+
+  def _propose_evict_window_blocks(self):
+    counts = [self._propose_evict()["count"] for _ in self.oracle.windows]
+    return {"counts": np.array(counts, np.int32)}

@@ -4,6 +4,7 @@
 demo model.
 """
 
+from kvcache.models.deepseek2 import DeepSeek2, DeepSeek2Config
 from kvcache.models.errors import LoadError
 from kvcache.models.gemma2 import Gemma2, Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
@@ -14,6 +15,8 @@ from kvcache.models.tokenizer import TextStream, Tokenizer
 
 __all__ = [
   "DEMO_PACKAGE",
+  "DeepSeek2",
+  "DeepSeek2Config",
   "Gemma2",
   "Gemma2Config",
   "GraniteHybrid",

@@ -1,7 +1,7 @@
 """Gemma 2: every other layer sees a window only, and logits are softly capped.
 
-Blocks are alike but for their window, which is an argument, so they could be scanned;
-the stack is unrolled, as a static window costs less than a traced one.
+Blocks are alike; which layers have a window is told by the cache, where these keep no
+more than it. The stack is unrolled, so that the layers' groups are known.
 """
 
 import dataclasses
@@ -76,13 +76,15 @@ class Gemma2Config:
   def cache_layers(self) -> tuple[AttentionLayer, ...]:
     """Returns what each layer keeps per token, for `CacheConfig(layers=...)`."""
     layer = AttentionLayer(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-    return (layer,) * self.num_layers
+    return tuple(
+      dataclasses.replace(layer, sliding_window=window) for window in self.windows
+    )
 
 
 class Gemma2Block(nnx.Module):
   """One layer: attention and feed-forward, each normalised before and after."""
 
-  def __init__(self, config: Gemma2Config, window: int | None, *, rngs: nnx.Rngs):
+  def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs):
     self.attention_norm = _norm(config)
     self.attention = PagedAttention(
       config.hidden_size,
@@ -91,7 +93,6 @@ class Gemma2Block(nnx.Module):
       head_dim=config.head_dim,
       rotary=config.rotary,
       sm_scale=config.query_scalar**-0.5,
-      sliding_window=window,
       logits_soft_cap=config.attention_soft_cap,
       dtype=config.dtype,
       rngs=rngs,
@@ -139,9 +140,7 @@ class Gemma2(nnx.Module):
     shape = (config.vocab_size, config.hidden_size)
     init = nnx.initializers.normal(0.02)
     self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
-    self.layers = nnx.List(
-      [Gemma2Block(config, window, rngs=rngs) for window in config.windows]
-    )
+    self.layers = nnx.List([Gemma2Block(config, rngs=rngs) for _ in config.windows])
     self.norm = _norm(config)
 
   def __call__(

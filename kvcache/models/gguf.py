@@ -21,7 +21,7 @@ from kvcache.models.errors import LoadError, require
 from kvcache.models.llama import LlamaConfig
 from kvcache.models.loaded import Loaded
 from kvcache.models.tokenizer import Tokenizer
-from kvcache.models.weights import build_model, check_names
+from kvcache.models.weights import build_model, check_names, Place
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -192,8 +192,8 @@ def load_gguf(
     ignored=lambda name: name == _ROPE_FACTORS,
   )
 
-  def read(role: str, layer: int | None) -> np.ndarray:
-    tensor = file.read(_NAMES[role].format(layer=layer))
+  def read(role: str, place: Place) -> np.ndarray:
+    tensor = file.read(_NAMES[role].format(**place))
     if file.architecture == "llama" and role in ("q", "k", "q_bias", "k_bias"):
       return _unpermute(tensor, config.head_dim)
     return tensor

@@ -1,6 +1,6 @@
 """Models from Hugging Face folders: config.json, safetensors, tokenizer.json.
 
-The Llama family, Gemma 2, and the dense hybrids of Granite 4.
+The Llama family, Gemma 2, the dense hybrids of Granite 4, and DeepSeek-V2.
 """
 
 import contextlib
@@ -13,19 +13,22 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from kvcache.models.deepseek2 import DeepSeek2Config
+from kvcache.models.deepseek2_folder import arrange, deepseek2_config, deepseek2_names
 from kvcache.models.errors import LoadError, require
 from kvcache.models.gemma2 import Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybridConfig
 from kvcache.models.llama import LlamaConfig
 from kvcache.models.loaded import Loaded
 from kvcache.models.tokenizer import Tokenizer
-from kvcache.models.weights import build_model, check_names, ModelConfig
+from kvcache.models.weights import build_model, check_names, ModelConfig, Place
 from kvcache.nn.rotary import llama3_factors
 
 _LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _GEMMA_TYPE = "gemma2"
 _HYBRID_TYPE = "granitemoehybrid"
-_MODEL_TYPES = (*_LLAMA_TYPES, _GEMMA_TYPE, _HYBRID_TYPE)
+_LATENT_TYPE = "deepseek_v2"
+_MODEL_TYPES = (*_LLAMA_TYPES, _GEMMA_TYPE, _HYBRID_TYPE, _LATENT_TYPE)
 _BLOCK = "model.layers.{layer}."
 _NAMES = {
   "embedding": "model.embed_tokens.weight",
@@ -88,7 +91,7 @@ def load_huggingface(
     folder: Holds `config.json`, and `model.safetensors` or shards with their index. A
       folder without `tokenizer.json` gives a model without a tokenizer.
     dtype: Of weights and activations.
-    scan_layers: As in `LlamaConfig`; hybrids are always unrolled.
+    scan_layers: As in `LlamaConfig`; other families are always unrolled.
 
   Raises:
     LoadError: See `kvcache.models.load`.
@@ -99,11 +102,9 @@ def load_huggingface(
     files = _open_tensors(folder, stack)
     config = config_from_huggingface(settings, set(files), source=str(folder))
     config = dataclasses.replace(config, dtype=dtype)
-    names = _HYBRID_NAMES
-    if isinstance(config, Gemma2Config):
-      names = _GEMMA_NAMES
     if isinstance(config, LlamaConfig):
-      names, config = _NAMES, dataclasses.replace(config, scan_layers=scan_layers)
+      config = dataclasses.replace(config, scan_layers=scan_layers)
+    names = _names(config)
     check_names(
       config,
       names,
@@ -116,9 +117,11 @@ def load_huggingface(
       ),
     )
 
-    def read(role: str, layer: int | None) -> np.ndarray:
-      name = names[role].format(layer=layer)
+    def read(role: str, place: Place) -> np.ndarray:
+      name = names[role].format(**place)
       tensor = files[name].get_tensor(name)
+      if isinstance(config, DeepSeek2Config):
+        return arrange(config, role, tensor)
       return tensor[:, 0] if role == "conv" else tensor  # it is depthwise
 
     model = build_model(config, read, source=str(folder))
@@ -161,13 +164,15 @@ def config_from_huggingface(
       return _gemma_config(settings)
     if model_type == _HYBRID_TYPE:
       return _hybrid_config(settings, names, source=source)
+    if model_type == _LATENT_TYPE:
+      return deepseek2_config(settings, names, source=source)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or hidden // heads
     length = settings.get("max_position_embeddings", 2048)
-    window = settings.get("sliding_window")
-    uses_window = settings.get("use_sliding_window", model_type == "mistral")
-    if uses_window and window and window < length:
-      raise LoadError(f"{source}: sliding window attention is not supported")
+    window = settings.get("sliding_window") or length
+    if model_type != "mistral" and settings.get("use_sliding_window"):
+      raise LoadError(f"{source}: windows in some of the layers are not supported")
+    has_window = model_type == "mistral" and window < length
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
     return LlamaConfig(
@@ -186,10 +191,24 @@ def config_from_huggingface(
       attention_bias=_NAMES["q_bias"].format(layer=0) in names,
       attention_out_bias=_NAMES["out_bias"].format(layer=0) in names,
       qk_norm=_NAMES["q_norm"].format(layer=0) in names,
+      sliding_window=window if has_window else None,
       max_position=length,
     )
   except KeyError as error:
     raise LoadError(f"{source}: config.json has no {error}") from error
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+  """What the tensor of each role is called."""
+  match config:
+    case DeepSeek2Config():
+      return deepseek2_names(config)
+    case GraniteHybridConfig():
+      return _HYBRID_NAMES
+    case Gemma2Config():
+      return _GEMMA_NAMES
+    case _:
+      return _NAMES
 
 
 def _is_tied(config: ModelConfig) -> bool:

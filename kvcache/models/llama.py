@@ -45,6 +45,7 @@ class LlamaConfig:
     attention_bias: Whether queries, keys and values have a bias (Qwen2).
     attention_out_bias: Whether the attention's output projection has one.
     qk_norm: Whether each head of queries and keys is normalised (Qwen3).
+    sliding_window: Tokens that a query sees, itself included (Mistral); all if None.
     max_position: Context length the model was trained for; not enforced here.
     dtype: Of weights and activations. Products are accumulated, and logits returned, in
       float32.
@@ -65,6 +66,7 @@ class LlamaConfig:
   attention_bias: bool = False
   attention_out_bias: bool = False
   qk_norm: bool = False
+  sliding_window: int | None = None
   max_position: int = 2048
   dtype: DTypeLike = jnp.float32
   scan_layers: bool = True
@@ -74,7 +76,11 @@ class LlamaConfig:
 
   def cache_layers(self) -> tuple[AttentionLayer, ...]:
     """Returns what each layer keeps per token, for `CacheConfig(layers=...)`."""
-    layer = AttentionLayer(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+    layer = AttentionLayer(
+      num_kv_heads=self.num_kv_heads,
+      head_dim=self.head_dim,
+      sliding_window=self.sliding_window,
+    )
     return (layer,) * self.num_layers
 
   @property

@@ -1,9 +1,9 @@
 """From the tensors of a checkpoint to a model.
 
-Loaders name tensors their own way; here they have one name each: a role, and for
-tensors of a block its layer. Matrices are `[out, in]` on both sides, so nothing is
-transposed. What a model needs is read off its variables: one that a model does not have
-is not wanted from a checkpoint either.
+Loaders name tensors their own way; here they have one name each: a role, and a place,
+the layer and the expert if there are any. Matrices are `[out, in]` on both sides, so
+nothing is transposed. What a model needs is read off its variables: one that a model
+does not have is not wanted from a checkpoint either.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcache.models.deepseek2 import DeepSeek2, DeepSeek2Config
 from kvcache.models.errors import LoadError
 from kvcache.models.gemma2 import Gemma2, Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 
-Model = Llama | Gemma2 | GraniteHybrid
-ModelConfig = LlamaConfig | Gemma2Config | GraniteHybridConfig
-ReadTensor = Callable[[str, int | None], np.ndarray]
-"""`read(role, layer)` returns one tensor; `layer` is None outside the blocks."""
+Model = Llama | Gemma2 | GraniteHybrid | DeepSeek2
+ModelConfig = LlamaConfig | Gemma2Config | GraniteHybridConfig | DeepSeek2Config
+Place = Mapping[str, int]
+"""`{}` outside the blocks, else `{"layer": 3}` or `{"layer": 3, "expert": 5}`."""
+ReadTensor = Callable[[str, Place], np.ndarray]
+"""`read(role, place)` returns one tensor."""
+
+_MODELS: dict[type, type] = {
+  LlamaConfig: Llama,
+  Gemma2Config: Gemma2,
+  GraniteHybridConfig: GraniteHybrid,
+  DeepSeek2Config: DeepSeek2,
+}
 
 _MODEL_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("embedding",): ("embedding",),
@@ -43,6 +53,19 @@ _BLOCK_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("mlp_out_norm", "scale"): ("mlp_out_norm",),
   ("mlp", "gate_up", "weight"): ("gate", "up"),
   ("mlp", "down", "weight"): ("down",),
+}
+_LATENT_PARTS: dict[tuple[str, ...], tuple[str, ...]] = _BLOCK_PARTS | {
+  ("attention", "q_down", "weight"): ("q_down",),
+  ("attention", "q", "weight"): ("q",),
+  ("attention", "kv_down", "weight"): ("kv_down",),
+  ("attention", "kv_norm", "scale"): ("kv_norm",),
+  ("attention", "k_up"): ("k_up",),
+  ("attention", "v_up"): ("v_up",),
+  ("mlp", "router"): ("router",),
+  ("mlp", "expert_gate_up", "weight"): ("expert_gate", "expert_up"),
+  ("mlp", "expert_down", "weight"): ("expert_down",),
+  ("mlp", "shared", "gate_up", "weight"): ("shared_gate", "shared_up"),
+  ("mlp", "shared", "down", "weight"): ("shared_down",),
 }
 _HYBRID_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
   ("mixer_norm", "scale"): ("mixer_norm",),
@@ -65,25 +88,37 @@ _HYBRID_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
 """Variable of a block -> roles of the tensors that fill it, joined along axis 0."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Slot:
-  """One variable of a model, and the tensors that fill it."""
+  """One variable of a model, and the tensors that fill it.
+
+  Attributes:
+    label: The variable's name.
+    roles: Of the tensors.
+    layers: Where they are; more than one: stacked. None outside the blocks.
+    num_experts: Of how many experts there is one of each role, or None.
+    axis: Along which the tensors of a layer are joined, first by role, then by expert.
+  """
 
   label: str
   roles: tuple[str, ...]
-  layers: tuple[int | None, ...]  # more than one: stacked
+  layers: tuple[int | None, ...] = (None,)
+  num_experts: int | None = None
+  axis: int = 0
+
+  def parts(self, layer: int | None) -> list[tuple[str, Place]]:
+    """Role and place of each tensor of a layer, in order."""
+    place = {} if layer is None else {"layer": layer}
+    if self.num_experts is None:
+      return [(role, place) for role in self.roles]
+    experts = range(self.num_experts)
+    return [(role, place | {"expert": i}) for role in self.roles for i in experts]
 
 
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  def make() -> Model:
-    if isinstance(config, LlamaConfig):
-      return Llama(config, rngs=nnx.Rngs(0))
-    if isinstance(config, Gemma2Config):
-      return Gemma2(config, rngs=nnx.Rngs(0))
-    return GraniteHybrid(config, rngs=nnx.Rngs(0))
-
-  return nnx.split(nnx.eval_shape(make))
+  make = functools.partial(_MODELS[type(config)], config)
+  return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
 def _slot(config: ModelConfig, path: tuple) -> _Slot:
@@ -91,15 +126,28 @@ def _slot(config: ModelConfig, path: tuple) -> _Slot:
   names = tuple(name for name in names if name not in (None, "value"))
   label = ".".join(map(str, names))
   if names[0] != "layers":
-    return _Slot(label, _MODEL_PARTS[names], (None,))
+    return _Slot(label=label, roles=_MODEL_PARTS[names])
   if isinstance(config, LlamaConfig) and config.scan_layers:
-    return _Slot(label, _BLOCK_PARTS[names[1:]], tuple(range(config.num_layers)))
-  if not isinstance(config, GraniteHybridConfig):
-    return _Slot(label, _BLOCK_PARTS[names[2:]], (names[1],))
-  if names[2:] == ("mixer", "out", "weight"):
-    is_attention = config.layer_types[names[1]] == "attention"
-    return _Slot(label, ("out" if is_attention else "out_proj",), (names[1],))
-  return _Slot(label, _HYBRID_PARTS[names[2:]], (names[1],))
+    layers = tuple(range(config.num_layers))
+    return _Slot(label=label, roles=_BLOCK_PARTS[names[1:]], layers=layers)
+  layer, name = names[1], names[2:]
+  if isinstance(config, GraniteHybridConfig):
+    roles = _HYBRID_PARTS.get(name)
+    if roles is None:  # the one that both kinds of mixers have
+      is_attention = config.layer_types[layer] == "attention"
+      roles = ("out",) if is_attention else ("out_proj",)
+    return _Slot(label=label, roles=roles, layers=(layer,))
+  if isinstance(config, DeepSeek2Config):
+    roles = _LATENT_PARTS[name]
+    is_of_experts = roles[0].startswith("expert_")
+    return _Slot(
+      label=label,
+      roles=roles,
+      layers=(layer,),
+      num_experts=config.num_experts if is_of_experts else None,
+      axis=1 if roles == ("expert_down",) else 0,
+    )
+  return _Slot(label=label, roles=_BLOCK_PARTS[name], layers=(layer,))
 
 
 def _slots(config: ModelConfig) -> Iterator[_Slot]:
@@ -119,7 +167,7 @@ def check_names(
 
   Args:
     config: The model's shape.
-    names: Role -> name in the checkpoint, with `{layer}` for the layer.
+    names: Role -> name in the checkpoint, with `{layer}` and `{expert}` for its place.
     present: The names the checkpoint has.
     source: For messages.
     ignored: Names that may be there without being used.
@@ -128,10 +176,10 @@ def check_names(
     LoadError: Tensors are missing, or present but without a place in the model.
   """
   wanted = {
-    names[role].format(layer=layer)
+    names[role].format(**place)
     for slot in _slots(config)
-    for role in slot.roles
     for layer in slot.layers
+    for role, place in slot.parts(layer)
   }
   for what, found in (
     ("misses tensors", wanted - present),
@@ -158,7 +206,10 @@ def build_model(config: ModelConfig, read: ReadTensor, *, source: str) -> Model:
 
   def fill(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
     slot = _slot(config, path)
-    arrays = [_join([read(role, i) for role in slot.roles]) for i in slot.layers]
+    arrays = [
+      _join([read(*part) for part in slot.parts(layer)], axis=slot.axis)
+      for layer in slot.layers
+    ]
     is_stacked = isinstance(config, LlamaConfig) and config.scan_layers
     is_stacked &= slot.layers != (None,)
     array = np.stack(arrays) if is_stacked else arrays[0]
@@ -171,5 +222,5 @@ def build_model(config: ModelConfig, read: ReadTensor, *, source: str) -> Model:
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-  return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+def _join(parts: list[np.ndarray], *, axis: int) -> np.ndarray:
+  return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)

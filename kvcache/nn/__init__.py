@@ -8,19 +8,31 @@ in and comes out. `as_function` turns a finished module into the plain callable 
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.feed_forward import FeedForward
 from kvcache.nn.functional import as_function
+from kvcache.nn.latent_attention import LatentAttention
 from kvcache.nn.linear import Linear
 from kvcache.nn.mamba2 import Mamba2
+from kvcache.nn.mixture import MixtureOfExperts
 from kvcache.nn.norm import RMSNorm
-from kvcache.nn.rotary import apply_rotary, llama3_factors, Rotary
+from kvcache.nn.rotary import (
+  apply_rotary,
+  llama3_factors,
+  Rotary,
+  yarn_factors,
+  yarn_scale,
+)
 
 __all__ = [
   "FeedForward",
+  "LatentAttention",
   "Linear",
   "Mamba2",
+  "MixtureOfExperts",
   "PagedAttention",
   "RMSNorm",
   "Rotary",
   "apply_rotary",
   "as_function",
   "llama3_factors",
+  "yarn_factors",
+  "yarn_scale",
 ]

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvcache.attention import attend
-from kvcache.context import Context, write_kv
+from kvcache.context import Context
 from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import apply_rotary, Rotary
+from kvcache.stepping import write_kv
 
 
 class PagedAttention(nnx.Module):

@@ -7,9 +7,10 @@ from jax.typing import DTypeLike
 
 from kvcache import recurrent
 from kvcache.config import RecurrentLayer
-from kvcache.context import Context, read_state, write_state
+from kvcache.context import Context
 from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
+from kvcache.stepping import read_state, write_state
 
 
 class Mamba2(nnx.Module):

@@ -23,11 +23,13 @@ class Rotary:
     theta: Base of the geometric row of frequencies.
     factors: One divisor per frequency (`D // 2` of them), or None for the plain row.
       Every scaling that only changes frequencies can be written so.
+    scale: Factor of cosines and sines: turned heads become longer by it (YaRN).
   """
 
   head_dim: int
   theta: float = 10000.0
   factors: tuple[float, ...] | None = None
+  scale: float = 1.0
 
   def __post_init__(self):
     if self.head_dim % 2:
@@ -51,7 +53,8 @@ class Rotary:
     """Returns cosines and sines, `[T, D // 2]` float32 each, of `positions` `[T]`."""
     frequencies = jnp.asarray(self.frequencies)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 
 def apply_rotary(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -90,3 +93,50 @@ def llama3_factors(
   blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
   blend = np.clip(blend, 0.0, 1.0)
   return tuple((1.0 / ((1.0 - blend) / factor + blend)).tolist())
+
+
+def yarn_factors(
+  *,
+  head_dim: int,
+  theta: float,
+  factor: float,
+  original_max_position: int,
+  beta_fast: float = 32.0,
+  beta_slow: float = 1.0,
+  truncate: bool = True,
+) -> tuple[float, ...]:
+  """Returns the divisors of YaRN's long-context scaling, for `Rotary.factors`.
+
+  Planes that turn more than `beta_fast` times within the original context stay; those
+  that turn less than `beta_slow` times are divided by `factor`; between them the
+  reciprocals blend linearly in the number of the plane.
+
+  Reference: Peng et al., "YaRN: Efficient Context Window Extension of Large Language
+  Models", 2023.
+
+  Args:
+    head_dim: `D`.
+    theta: Base of the frequencies.
+    factor: How much longer the context becomes.
+    original_max_position: Length of the context before that.
+    beta_fast: See above.
+    beta_slow: See above.
+    truncate: Whether the blend begins and ends at whole planes.
+  """
+
+  def plane(turns: float) -> float:
+    wavelength = original_max_position / (turns * 2 * math.pi)
+    return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+  low, high = plane(beta_fast), plane(beta_slow)
+  if truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  width = high - low or 0.001  # a step, as other implementations make it
+  blend = 1.0 - np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+  return tuple((1.0 / ((1.0 - blend) / factor + blend)).tolist())
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+  """Returns by how much YaRN lengthens queries and keys in a context grown `factor`."""
+  return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
