@@ -227,7 +227,7 @@ PHASES = {
     "evict_window_blocks": 2,
   },
   "drafts": {
-    "extend+draft": 12,
+    "extend_draft+draft": 12,
     "admit": 3,
     "extend+step": 3,
     "extend_decode+step_decode": 2,
@@ -337,6 +337,13 @@ class Proposer:
       query_lens = np.minimum(query_lens, self.oracle.tokens_to_snapshot())
     order = self.rng.permutation(query_lens.size).astype(np.int32)
     return {"query_lens": self._spoil(query_lens.astype(np.int32)), "order": order}
+
+  def _propose_extend_draft(self):
+    active = [row.active for row in self.oracle.rows]
+    query_lens = self.rng.integers(1, self.config.num_logits + 1, size=len(active))
+    query_lens = (query_lens * active).astype(np.int32)
+    order = self.rng.permutation(query_lens.size).astype(np.int32)
+    return {"query_lens": self._spoil(query_lens), "order": order}
 
   def _propose_extend_decode(self):
     return {"query_lens": self._spoil(np.minimum(self._wanted(), 1))}

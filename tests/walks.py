@@ -156,7 +156,8 @@ def programs(config: WalkConfig, *, batched: bool = False):
     return jax.jit(jax.vmap(run) if batched else run, compiler_options=options)
 
   compiled = {name: program(f) for name, f in transitions(config).items()}
-  return compiled | {"admit_few": compiled["admit"], "speculate": compiled["step"]}
+  same = {"admit_few": "admit", "speculate": "step", "extend_draft": "extend"}
+  return compiled | {alias: compiled[name] for alias, name in same.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +285,7 @@ class Walk:
       statuses=tuple(statuses),
     )
 
-  _predict_extend_decode = _predict_extend
+  _predict_extend_decode = _predict_extend_draft = _predict_extend
 
   def _predict_step(
     self, query_lens, tokens, keys, values, q, states, accepted=None, is_draft=False
