@@ -35,7 +35,7 @@ class WindowBlocks(flax.struct.PyTreeNode, kw_only=True):
     block_tables: `[S, P]` int32. Columns from `first_blocks` up to the row's
       `num_blocks` are in use, all others are `NULL_BLOCK`.
     first_blocks: `[S]` int32.
-    valid_from: `[S]` int32. Positions before it hold nothing, in a column in use either:
+    valid_from: `[S]` int32. Positions before it hold nothing, even in a column in use:
       an imported row brings along what it needs and no more.
     attached_ids: `[N]` int32. The block here that is attached to each cached block.
     owner_ids: `[Nw]` int32. The cached block that each is attached to, or `NULL_BLOCK`.
