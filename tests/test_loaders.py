@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import kvcache
 from kvcache import models
 from kvcache.models import errors, load, LoadError, loading
 from kvcache.models.gguf import read_gguf
@@ -47,6 +48,32 @@ def test_a_folder_computes_what_transformers_computes(name):
   # The last, longest prompt also decodes.
   tokens = greedy(function, context_for(loaded.config), run["prompt"], 12)
   assert tokens == run["tokens"]
+
+
+@pytest.mark.parametrize("name", ["tiny_mistral", "tiny_gemma2"])
+def test_windows_hold_little_and_hits_find_them(name):
+  """A window of 12 tokens, asked for 60: three or four blocks of four are held."""
+  loaded = load(GOLDENS / name)
+  function, run = as_function(loaded.model), golden(f"{name}/expected.json")["runs"][-1]
+  prompt = run["prompt"]
+  ctx, row, _ = admit(context_for(loaded.config), prompt)
+  _, ctx = feed(function, ctx, row, prompt)
+  ctx, again, num_cached = admit(ctx, prompt)
+  assert num_cached == 56
+  held = np.count_nonzero(ctx.windows[0].block_tables, axis=1)
+  assert held[row] == held[again] == 3  # of 15 and 14
+  logits, ctx = feed(function, ctx, again, prompt[num_cached:])
+  np.testing.assert_allclose(logits, run["logits"], atol=1e-4)
+  kvcache.check_invariants(ctx)
+  ctx, out = kvcache.generate(
+    function,
+    context_for(loaded.config),
+    [prompt] * 4,
+    max_new_tokens=12,
+    scheduler=kvcache.SchedulerConfig(token_budget=16),
+  )
+  assert [completion.tokens for completion in out] == [run["tokens"]] * 4
+  kvcache.check_invariants(ctx)
 
 
 def test_the_folders_cover_what_loaders_distinguish():

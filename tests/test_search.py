@@ -18,6 +18,14 @@ SIZES = {
   "hybrid": toy.config(
     is_hybrid=True, num_blocks=60, block_size=4, max_seqs=5, max_seq_len=48
   ),
+  "window": toy.config(
+    sliding_window=6,
+    num_blocks=60,
+    block_size=4,
+    max_seqs=5,
+    max_seq_len=48,
+    num_window_blocks=20,
+  ),
 }
 NUM_NEW = 9
 fresh = jax.jit(toy.fresh, static_argnums=0)
@@ -58,12 +66,14 @@ def padded(text):
   return jnp.asarray(text + [-5] * (40 - len(text)), jnp.int32), jnp.int32(len(text))
 
 
-def logprobs(text):
-  logits = toy.next_logits(text).astype(np.float64)
+def logprobs(text, sliding_window=None):
+  logits = toy.next_logits(text, sliding_window=sliding_window).astype(np.float64)
   return logits - np.log(np.exp(logits).sum())
 
 
-def search_plainly(prompt, *, num_beams, stop_token, length_penalty):
+def search_plainly(
+  prompt, *, num_beams, stop_token, length_penalty, sliding_window=None
+):
   """Beams as `(score, tokens, has ended)`, best first."""
   beams = [(0.0, [], False)]
   for _ in range(NUM_NEW):
@@ -72,7 +82,7 @@ def search_plainly(prompt, *, num_beams, stop_token, length_penalty):
       if has_ended:
         candidates.append((score, tokens, True))
         continue
-      for token, gain in enumerate(logprobs(prompt + tokens)):
+      for token, gain in enumerate(logprobs(prompt + tokens, sliding_window)):
         candidates.append((score + gain, [*tokens, token], token == stop_token))
     beams = sorted(candidates, key=lambda beam: -beam[0])[:num_beams]
   return sorted(beams, key=lambda beam: -beam[0] / len(beam[1]) ** length_penalty)
@@ -91,15 +101,18 @@ def assert_all_given_back(ctx):
     ("attention", 4, 1.0),
     ("attention", 4, 0.0),
     ("hybrid", 4, 0.5),
+    ("window", 4, 1.0),
   ],
 )
 def test_beams_are_those_of_a_plain_search(kind, num_beams, penalty):
-  first = search_plainly(PROMPT, num_beams=4, stop_token=-1, length_penalty=1.0)
+  (window,) = SIZES[kind].windows or (None,)
+  plainly = functools.partial(search_plainly, PROMPT, sliding_window=window)
+  first = plainly(num_beams=4, stop_token=-1, length_penalty=1.0)
   stop_token = first[1][1][3]  # one that beams come to
   options = {"num_beams": num_beams, "stop_token": stop_token}
   ctx = fresh(SIZES[kind])
   ctx, result = beam_search(ctx, *padded(PROMPT), length_penalty=penalty, **options)
-  want = search_plainly(PROMPT, length_penalty=penalty, **options)
+  want = plainly(length_penalty=penalty, **options)
   assert num_beams == 1 or any(has_ended for *_, has_ended in want)
   assert result.status == Status.OK
   for i, (score, tokens, _) in enumerate(want):
