@@ -46,7 +46,7 @@ class InvalidRequestError(CacheError):
 
 
 class StateError(CacheError):
-  """No recurrent state stands where the sequence was to return to."""
+  """What the sequence needs where it was to return to is gone: a state or a window."""
 
 
 class CheckpointError(CacheError):
