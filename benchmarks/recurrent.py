@@ -90,6 +90,22 @@ def measure(is_quick: bool) -> Iterator[Row]:
     )
   ratio = times["32 layers in three groups"] / times["attention alone"]
   yield row(what="of attention alone", sizes=sizes, value=ratio, unit="x", target=RATIO)
+  usual = dataclasses.replace(all_three, snapshot_interval=16)
+  alone, with_all = (
+    bookkeeping.serve_seconds(config, repeats=repeats) for config in (plain, usual)
+  )
+  what = "decode step of serve, no model"
+  for name, value in (("attention alone", alone), ("three groups", with_all)):
+    yield row(
+      what=f"{what}, {name}", sizes=sizes, value=seconds(value, "us"), unit="us"
+    )
+  yield row(
+    what=f"{what}: of attention alone",
+    sizes=sizes,
+    value=with_all / alone,
+    unit="x",
+    target=RATIO,
+  )
   yield from _snapshots(row, repeats)
   yield from _recurrences(row, repeats)
 
