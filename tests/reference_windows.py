@@ -111,11 +111,8 @@ class ReferenceWindow:
   def attach(self, s, column, owner):
     """Publishing: a cached block gets the row's block, if it has none."""
     block = self.rows[s].get(column)
-    if column * self.block_size < self.valid_from[s]:
-      self.seen["window block not whole"] += block is not None
-    elif block is None or block.owner is not None or owner in self.attached:
-      return
-    else:
+    is_whole = column * self.block_size >= self.valid_from[s]
+    if block is not None and is_whole and not (block.owner or owner in self.attached):
       block.owner = owner
       self.attached[owner] = block
       self.seen["window block attached"] += 1

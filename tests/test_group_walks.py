@@ -30,7 +30,6 @@ EVENTS = (
   "window block evicted alone",
   "window block held again",
   "no window block",
-  "window block not whole",
   ("rewind", Status.NO_STATE),
   ("handoff", Status.OK),
   ("handoff", Status.INVALID),

@@ -298,6 +298,23 @@ def test_sequences_move_to_other_block_sizes():
   np.testing.assert_array_equal(logits, logits_of(TEXT[:33]))
 
 
+def test_what_was_not_brought_along_is_never_found():
+  """Of column 5 the imported row has its last token only, 23: it needs no more."""
+  ctx, row, *_ = start(toy.fresh(SMALL), TEXT[:29])
+  state = kvcache.export_sequences(ctx, jnp.array([row]), max_len=32)
+  there, rows, _ = jax.jit(kvcache.import_sequences)(toy.fresh(SMALL), state)
+  assert held(there, int(rows[0])) == [5, 6, 7]
+  there, status = rewind(there, drop(0, 1))  # would have to see 22
+  assert kvcache.Status(status[0].item()) == kvcache.Status.NO_STATE
+  _, logits = feed(there, 0, TEXT[29:30])
+  np.testing.assert_array_equal(logits, logits_of(TEXT[:30]))
+  there = finish(there, mask(0))
+  kvcache.check_invariants(there)
+  there, _, hit, logits = start(there, TEXT[:29])  # a hit of 28 tokens needs 22
+  assert hit == 0
+  np.testing.assert_array_equal(logits, logits_of(TEXT[:29]))
+
+
 # Layers that share, and layers of different shapes.
 
 FULL = AttentionLayer(num_kv_heads=2, head_dim=4)
