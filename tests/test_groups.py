@@ -261,6 +261,29 @@ def test_forks_share_the_window_and_write_their_own():
     np.testing.assert_array_equal(logits, logits_of([*TEXT[:30], token]))
 
 
+def test_no_row_writes_over_what_a_fork_still_sees():
+  """Of two equal rows the second keeps blocks of its own, and shares them with a fork."""
+  tokens = jnp.asarray([TEXT[:30] + [0] * 18] * 2, jnp.int32)
+  ctx, _ = admit(toy.fresh(SMALL), tokens, jnp.asarray([30, 30]))
+  for row in (0, 1):
+    ctx, _ = feed(ctx, row, TEXT[:30])
+  ctx, rows, _ = fork(ctx, jnp.array([1]))
+  window = ctx.windows[0]
+  shared = window.block_tables[1, 6]
+  assert window.pool.ref_counts[shared] == 2 and window.owner_ids[shared] == 0
+  text = TEXT[:30]
+  for token in range(12):  # three blocks further: column 6 is long behind
+    ones = mask(1).astype(jnp.int32)
+    tokens = jnp.full(4, token, jnp.int32)
+    ctx, status, logits = _step(ctx, tokens, ones, num_tokens=None)
+    kvcache.raise_for_status(status)
+    text = [*text, token]
+  np.testing.assert_array_equal(logits[1], logits_of(text))
+  kvcache.check_invariants(ctx)
+  ctx, logits = feed(ctx, int(rows[0]), [3])
+  np.testing.assert_array_equal(logits, logits_of([*TEXT[:30], 3]))
+
+
 @pytest.mark.parametrize("length", [0, 3, 4, 13, 16, 23, 24, 27, 29])
 def test_rows_return_to_where_their_window_is_cached(length):
   ctx, row, *_ = start(toy.fresh(SMALL), TEXT[:30])
