@@ -262,7 +262,7 @@ def test_forks_share_the_window_and_write_their_own():
 
 
 def test_no_row_writes_over_what_a_fork_still_sees():
-  """Of two equal rows the second keeps blocks of its own, and shares them with a fork."""
+  """Of two equal rows the second keeps blocks of its own, and a fork shares them."""
   tokens = jnp.asarray([TEXT[:30] + [0] * 18] * 2, jnp.int32)
   ctx, _ = admit(toy.fresh(SMALL), tokens, jnp.asarray([30, 30]))
   for row in (0, 1):
