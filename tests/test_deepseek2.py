@@ -59,11 +59,12 @@ def test_the_folders_say_what_the_models_are():
 
 def test_a_token_keeps_one_latent_and_one_rotated_key():
   config, sizes = loaded().config, context().config
-  assert sizes.layer == dataclasses.replace(
+  (group,) = sizes.groups
+  assert group.layer == dataclasses.replace(
     loaded().model.layers[0].attention.cache_layer(), dtype=sizes.dtype
   )
   assert sizes.bytes_per_block == 4 * 3 * sizes.block_size * (12 + 8)  # float32, layers
-  assert context().kv.v is None
+  assert context().kv[0].v is None
   # All heads' keys and values would take more than 4 times as much.
   of_a_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
   assert config.num_heads * of_a_head > 4 * (12 + 8)
@@ -200,7 +201,7 @@ def test_decoding_copies_neither_the_pool_nor_the_weights():
   )
   allowed, experts = 200_000, 4 * 3 * 64 * 128 * 6
   assert program.memory_analysis().temp_size_in_bytes < allowed
-  assert min(ctx.kv.k.nbytes, experts) > 2 * allowed  # either copy would show
+  assert min(ctx.kv[0].k.nbytes, experts) > 2 * allowed  # either copy would show
   for pool in ("f32[2,512,1,4,32]", "f32[1024,1,4,32]"):
     copies = [line for line in program.as_text().splitlines() if f"= {pool}" in line]
     assert not [line for line in copies if " copy(" in line or " transpose(" in line]
