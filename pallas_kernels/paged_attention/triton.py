@@ -1,0 +1,584 @@
+"""Paged attention in Pallas for GPUs through Triton: portable, Ampere and later.
+
+Rows with few queries (decoding, drafts) are split along their keys: programs work off a
+queue of pieces, and a second kernel combines the partial results. Rows with many
+queries (prompt chunks) are cut into tiles of queries, each of which walks its keys once.
+Both walk in the same way, `_walk`: keys and values are loaded by token, so any block
+size goes with any tile. What is loaded is always a token that some query of the tile
+sees: positions are clamped into the row, ids into the pool. Nothing dead is ever read,
+so there is nothing to mask in the values, and no table can lead outside of the pool.
+
+Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.paged_attention import work_queue
+from pallas_kernels.paged_attention.work_queue import SplitQueue, TileQueue
+
+NEG = float(np.finfo(np.float32).min) / 2
+"""Logit of what is masked: finite, so that a walk without any key stays free of NaN."""
+
+_LOG2_E = math.log2(math.e)
+_MAX_QUERIES = 8
+"""Tokens of a row, drafts included, up to which its keys are split."""
+_MAX_TILE_Q = 64
+_MIN_SPLIT = 256
+"""Least tokens of a piece: its partial result is some 3 % of what it reads."""
+_NUM_PROGRAMS = 264
+"""Of the decode kernel: two for each multiprocessor of an H100."""
+_SHARED_BYTES = 100 << 10
+"""Of tiles in flight, so that two programs find room on a multiprocessor."""
+_FLOATS = ("bfloat16", "float16", "float32")
+
+type _Ref = Any
+"""A Pallas reference; jax has no public name for it."""
+type _Parts = tuple[tuple[int, int], ...]
+
+
+class _Memory(NamedTuple):
+  """What every walk reads; None where a layer has no such thing.
+
+  Keys, values and their scales are flat: token `(block * K + head) * block_size + i`.
+  """
+
+  q: _Ref  # [T * H, D]
+  k: _Ref  # [N * K * block_size, D]
+  v: _Ref  # [N * K * block_size, Dv]
+  k_scale: _Ref  # [N * K * block_size]
+  v_scale: _Ref  # [N * K * block_size]
+  sinks: _Ref  # [H]
+  block_tables: _Ref  # [S, P]
+  seq_lens: _Ref  # [S]
+  cu_seqlens: _Ref  # [S + 1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layer:
+  """What kernels are specialised for.
+
+  Attributes:
+    num_kv_heads: `K`.
+    group: Query heads per kv head.
+    block_size: Tokens per block.
+    key_parts: Columns `(start, stop)` of the keys, see `_parts`.
+    value_parts: Columns of the values.
+    dtype: Of the operands of products.
+    tile_kv: Tokens per tile.
+    num_stages: Tiles in flight.
+    is_causal, sm_scale, sliding_window, logits_soft_cap: As in `paged_attention`.
+  """
+
+  num_kv_heads: int
+  group: int
+  block_size: int
+  key_parts: _Parts
+  value_parts: _Parts
+  dtype: np.dtype
+  tile_kv: int
+  num_stages: int
+  is_causal: bool
+  sm_scale: float
+  sliding_window: int | None
+  logits_soft_cap: float | None
+
+  @property
+  def v_head_dim(self) -> int:
+    """`Dv`."""
+    return self.value_parts[-1][1]
+
+
+def why_not(
+  q: Array, k: Array, v: Array | None, *, v_head_dim: int, **_: Any
+) -> str | None:
+  """Says why this backend cannot serve such arguments; None if it can."""
+  for name, width in (("head_dim", q.shape[-1]), ("v_head_dim", v_head_dim)):
+    if width % 16 or width > 1024:
+      return f"{name} must be a multiple of 16 up to 1024, got {width}"
+  if q.dtype.name not in _FLOATS:
+    return f"q must be one of {_FLOATS}, got {q.dtype}"
+  for name, pool in {"k": k, "v": k if v is None else v}.items():
+    if pool.dtype.name not in (*_FLOATS, "int8", "uint8"):
+      return f"{name} must be one of {_FLOATS}, int8 or uint8, got {pool.dtype}"
+    # Offsets into arrays of up to 4 GiB are 32-bit, and signed.
+    if pool.dtype.itemsize == 1 and 2**31 < pool.size <= 2**32:
+      return f"{name} must not have 2 to 4 GiB of one-byte elements, got {pool.shape}"
+    if math.prod(pool.shape[:-1]) >= 2**31:
+      return f"{name} must hold less than 2^31 tokens and heads, got {pool.shape}"
+  return None
+
+
+def paged_attention(
+  q: Array,
+  k: Array,
+  v: Array | None,
+  block_tables: Array,
+  seq_lens: Array,
+  cu_seqlens: Array,
+  *,
+  sm_scale: float,
+  max_query_len: int | None = None,
+  is_causal: bool = True,
+  sliding_window: int | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Array | None = None,
+  k_scale: Array | None = None,
+  v_scale: Array | None = None,
+  v_head_dim: int,
+  interpret: bool = False,
+) -> tuple[Array, Array]:
+  """Causal attention of packed queries over paged keys and values.
+
+  See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
+  are its `out` and `lse`. `interpret` runs the kernels' bodies on any device.
+  """
+  num_tokens, num_heads, head_dim = q.shape
+  num_kv_heads, block_size = k.shape[1:3]
+  group = num_heads // num_kv_heads
+  max_queries = max(1, min(_MAX_QUERIES, _MAX_TILE_Q // group, num_tokens))
+  if max_query_len is not None:
+    max_queries = min(max_queries, max_query_len)
+  tile_kv, num_stages = _tile_kv(k, v)
+  layer = _Layer(
+    num_kv_heads=num_kv_heads,
+    group=group,
+    block_size=block_size,
+    key_parts=_parts(head_dim),
+    value_parts=_parts(v_head_dim),
+    dtype=_operand_dtype(q, k, v, k_scale),
+    tile_kv=tile_kv,
+    num_stages=num_stages,
+    is_causal=is_causal,
+    sm_scale=sm_scale,
+    sliding_window=sliding_window,
+    logits_soft_cap=logits_soft_cap,
+  )
+  memory = _Memory(
+    q=q.reshape(-1, head_dim),
+    k=k.reshape(-1, head_dim),
+    v=None if v is None else v.reshape(-1, v_head_dim),
+    k_scale=None if k_scale is None else k_scale.reshape(-1),
+    v_scale=None if v_scale is None else v_scale.reshape(-1),
+    sinks=None if sinks is None else sinks.astype(jnp.float32),
+    block_tables=block_tables,
+    seq_lens=seq_lens,
+    cu_seqlens=cu_seqlens,
+  )
+  queue = work_queue.split_rows(
+    seq_lens,
+    cu_seqlens,
+    num_tokens=num_tokens,
+    max_len=block_tables.shape[1] * block_size,
+    max_queries=max_queries,
+    tile_kv=tile_kv,
+    min_tiles=_MIN_SPLIT // tile_kv,
+    # All programs have work as soon as there is one long row.
+    max_splits=min(64, max(4, _NUM_PROGRAMS // (num_kv_heads * max_queries))),
+    sliding_window=sliding_window,
+  )
+  parts = _split(memory, queue, layer, max_queries=max_queries, interpret=interpret)
+  results = _combine(
+    *parts, queue, memory.sinks, layer, dtype=q.dtype, interpret=interpret
+  )
+  if max_query_len is None or max_query_len > max_queries:
+    tile_q = min(_MAX_TILE_Q, _power_of_two(num_tokens * group))
+    tiles = work_queue.tile_rows(
+      seq_lens,
+      cu_seqlens,
+      num_tokens=num_tokens,
+      group=group,
+      min_queries=max_queries + 1,
+      tile_q=tile_q,
+    )
+    if tiles.rows.size:
+      results = _fill(
+        *results, memory, tiles, layer, tile_q=tile_q, interpret=interpret
+      )
+  return results
+
+
+# --- The walk -------------------------------------------------------------------------
+
+
+def _walk(
+  memory: _Memory,
+  layer: _Layer,
+  *,
+  row: Array,
+  head: Array,
+  queries: Array,
+  tiles: tuple[Array, Array] | None,
+  with_sinks: bool,
+) -> tuple[list[Array], Array]:
+  """Attention of some queries of a row over some tiles of its keys.
+
+  Args:
+    memory: Where everything is.
+    layer: Static facts.
+    row: `[]`.
+    head: `[]`, of the keys.
+    queries: `[tile_q]` rising `token * group + head`, counted in the row.
+    tiles: The first tile and one past the last; all that the queries see if None.
+    with_sinks: Whether sinks are to be counted in.
+
+  Returns:
+    The parts of `[tile_q, Dv]` float32, and the logarithm to base 2 of the softmax's
+    denominator, `[tile_q]`. `NEG` and zeros where a query sees nothing.
+  """
+  group, size = layer.group, layer.block_size
+  start, stop = memory.cu_seqlens[row], memory.cu_seqlens[row + 1]
+  max_len = memory.block_tables.shape[1] * size
+  length = jnp.minimum(memory.seq_lens[row], max_len)
+  queries = jnp.minimum(queries, (stop - start) * group - 1)
+  token = lax.div(queries, group)
+  heads = head * group + lax.rem(queries, group)
+  position = length - (stop - start) + token if layer.is_causal else None
+  num_heads = layer.num_kv_heads * group
+  num_tokens = memory.q.shape[0] // num_heads
+  at = jnp.clip(start + token, 0, num_tokens - 1) * num_heads + heads
+  q = [memory.q[at, a:b].astype(layer.dtype) for a, b in layer.key_parts]
+
+  begin, end = jnp.int32(0), length
+  if position is not None:
+    end = jnp.clip(jnp.max(position) + 1, 1, length)
+    if layer.sliding_window is not None:
+      begin = jnp.maximum(jnp.min(position) - (layer.sliding_window - 1), 0)
+  if tiles is None:
+    tile_kv = layer.tile_kv
+    tiles = lax.div(begin, tile_kv), lax.div(end + (tile_kv - 1), tile_kv)
+
+  def step(index: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    sums, top, total = state
+    place = index * layer.tile_kv + jnp.arange(layer.tile_kv, dtype=jnp.int32)
+    mask = jnp.broadcast_to((place < end)[None], (queries.size, place.size))
+    if position is not None:
+      mask &= place[None] <= position[:, None]
+      if layer.sliding_window is not None:
+        mask &= place[None] > position[:, None] - layer.sliding_window
+    # Only what some query sees is read.
+    slot = _slots(memory, layer, row, head, jnp.clip(place, begin, end - 1))
+    keys = [_load(memory.k, slot, part, layer.dtype) for part in layer.key_parts]
+    logits = sum(
+      (_dot(x, y.T) for x, y in zip(q, keys, strict=True)),
+      start=jnp.zeros(mask.shape, jnp.float32),
+    )
+    if memory.k_scale is not None:
+      logits = logits * memory.k_scale[slot][None]
+    if layer.logits_soft_cap is None:
+      logits = logits * (layer.sm_scale * _LOG2_E)
+    else:
+      cap = layer.logits_soft_cap
+      logits = jnp.tanh(logits * (layer.sm_scale / cap)) * (cap * _LOG2_E)
+    logits = jnp.where(mask, logits, NEG)
+    new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.where(mask, jnp.exp2(logits - new_top[:, None]), 0.0)
+    total = total * shrink + jnp.sum(weights, axis=1)
+    scale = memory.k_scale if memory.v is None else memory.v_scale
+    if scale is not None:
+      weights = weights * scale[slot][None]
+    weights = weights.astype(layer.dtype)
+    if memory.v is None:  # the first parts of the keys
+      pool, loaded = memory.k, dict(zip(layer.key_parts, keys, strict=True))
+    else:
+      pool, loaded = memory.v, {}
+    sums = [
+      x * shrink[:, None]
+      + _dot(
+        weights,
+        loaded[part] if part in loaded else _load(pool, slot, part, layer.dtype),
+      )
+      for x, part in zip(sums, layer.value_parts, strict=True)
+    ]
+    return sums, new_top, total
+
+  top = jnp.full(queries.shape, NEG, jnp.float32)
+  total = jnp.zeros(queries.shape, jnp.float32)
+  if with_sinks and memory.sinks is not None:
+    top, total = memory.sinks[heads] * _LOG2_E, total + 1.0
+  sums = [jnp.zeros((queries.size, b - a), jnp.float32) for a, b in layer.value_parts]
+  sums, top, total = lax.fori_loop(*tiles, step, (sums, top, total))
+  safe = jnp.where(total == 0.0, 1.0, total)
+  lse = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
+  return [x / safe[:, None] for x in sums], lse
+
+
+def _slots(
+  memory: _Memory, layer: _Layer, row: Array, head: Array, place: Array
+) -> Array:
+  """Index of each position of a row in the flat pools."""
+  size, num_kv_heads = layer.block_size, layer.num_kv_heads
+  block = memory.block_tables[row, lax.div(place, size)]
+  num_blocks = memory.k.shape[0] // (num_kv_heads * size)
+  block = jnp.clip(block, 0, num_blocks - 1)
+  return (block * num_kv_heads + head) * size + lax.rem(place, size)
+
+
+def _load(pool: _Ref, slot: Array, part: tuple[int, int], dtype: np.dtype) -> Array:
+  """Some columns of some tokens, in a type to compute with."""
+  tile = pool[slot, part[0] : part[1]]
+  if tile.dtype == jnp.uint8:
+    tile = lax.bitcast_convert_type(tile, jnp.float8_e4m3fn)
+  return tile.astype(dtype)
+
+
+def _dot(x: Array, y: Array) -> Array:
+  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+def _split(
+  memory: _Memory,
+  queue: SplitQueue,
+  layer: _Layer,
+  *,
+  max_queries: int,
+  interpret: bool,
+) -> tuple[Array, Array]:
+  """Partial results `[W, K, R, Dv]`, and `[W, K, R]` in base 2; `R` queries a row.
+
+  Programs take turns at the pieces, all heads of one before the next.
+  """
+  num_queries = max_queries * layer.group
+  tile_q = min(_MAX_TILE_Q, _power_of_two(num_queries))
+  tiles_q = -(-num_queries // tile_q)
+  per_piece = layer.num_kv_heads * tiles_q
+  num_programs = min(_NUM_PROGRAMS, queue.rows.size * per_piece)
+
+  def kernel(queue: Any, memory: _Memory, out: _Ref, lse_out: _Ref) -> None:
+    program = pl.program_id(0)
+
+    def work(turn: Array, carry: None) -> None:
+      index = turn * num_programs + program
+      piece = lax.div(index, per_piece)
+      head = lax.rem(index, layer.num_kv_heads)
+      first = lax.div(lax.rem(index, per_piece), layer.num_kv_heads) * tile_q
+      lanes = first + jnp.arange(tile_q, dtype=jnp.int32)
+      parts, lse = _walk(
+        memory,
+        layer,
+        row=queue.rows[piece],
+        head=head,
+        queries=lanes,
+        tiles=(queue.first[piece], queue.last[piece]),
+        with_sinks=False,
+      )
+      is_query = lanes < num_queries
+      for (a, b), part in zip(layer.value_parts, parts, strict=True):
+        _store(lambda r, c: out.at[piece, head, r, c], lanes, a, b, part, is_query)
+      plt.store(lse_out.at[piece, head, lanes], lse, mask=is_query)
+
+    todo = queue.num_pieces[0] * per_piece - program
+    turns = lax.div(todo + (num_programs - 1), num_programs)
+    lax.fori_loop(0, turns, work, None)
+
+  shape = (queue.rows.size, layer.num_kv_heads, num_queries)
+  return pl.pallas_call(
+    kernel,
+    grid=(num_programs,),
+    out_shape=(
+      jax.ShapeDtypeStruct((*shape, layer.v_head_dim), jnp.float32),
+      jax.ShapeDtypeStruct(shape, jnp.float32),
+    ),
+    compiler_params=plt.CompilerParams(
+      num_warps=_num_warps(tile_q, layer), num_stages=layer.num_stages
+    ),
+    interpret=interpret,
+    name="paged_attention_split",
+  )(queue, memory)
+
+
+def _combine(
+  parts: Array,
+  part_lse: Array,
+  queue: SplitQueue,
+  sinks: Array | None,
+  layer: _Layer,
+  *,
+  dtype: np.dtype,
+  interpret: bool,
+) -> tuple[Array, Array]:
+  """`out [T, H, Dv]` and `lse [T, H]`; zeros and `-inf` for tokens of other rows."""
+  num_tokens, group = queue.token_count.size, layer.group
+  tile = min(_power_of_two(group, least=1), max(1, 8192 // layer.v_head_dim))
+  tiles = -(-group // tile)
+  num_heads = layer.num_kv_heads * group
+
+  def kernel(
+    queue: Any, sinks: _Ref, parts: _Ref, part_lse: _Ref, out: _Ref, lse_out: _Ref
+  ) -> None:
+    token, head = pl.program_id(0), pl.program_id(1)
+    lanes = pl.program_id(2) * tile + jnp.arange(tile, dtype=jnp.int32)
+    count, first = queue.token_count[token], queue.token_piece[token]
+    place = jnp.where(count > 0, queue.token_place[token], 0)
+    query = place * group + jnp.minimum(lanes, group - 1)
+    heads = head * group + jnp.minimum(lanes, group - 1)
+
+    def step(index: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+      sums, top, total = state
+      piece = first + index
+      lse = part_lse[piece, head, query]
+      new_top = jnp.maximum(top, lse)
+      shrink = jnp.exp2(top - new_top)
+      weight = jnp.where(lse > NEG, jnp.exp2(lse - new_top), 0.0)
+      sums = [
+        x * shrink[:, None] + parts[piece, head, query, a:b] * weight[:, None]
+        for x, (a, b) in zip(sums, layer.value_parts, strict=True)
+      ]
+      return sums, new_top, total * shrink + weight
+
+    top = jnp.full((tile,), NEG, jnp.float32)
+    total = jnp.zeros((tile,), jnp.float32)
+    if sinks is not None:
+      top, total = sinks[heads] * _LOG2_E, total + 1.0
+    sums = [jnp.zeros((tile, b - a), jnp.float32) for a, b in layer.value_parts]
+    sums, top, total = lax.fori_loop(0, count, step, (sums, top, total))
+    lse = (top + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
+    lse = jnp.where((total == 0.0) | (count == 0), -jnp.inf, lse)
+    is_head, at = lanes < group, head * group + lanes
+    for (a, b), x in zip(layer.value_parts, sums, strict=True):
+      x = (x / jnp.where(total == 0.0, 1.0, total)[:, None]).astype(dtype)
+      _store(lambda r, c: out.at[token, r, c], at, a, b, x, is_head)
+    plt.store(lse_out.at[token, at], lse, mask=is_head)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(num_tokens, layer.num_kv_heads, tiles),
+    out_shape=(
+      jax.ShapeDtypeStruct((num_tokens, num_heads, layer.v_head_dim), dtype),
+      jax.ShapeDtypeStruct((num_tokens, num_heads), jnp.float32),
+    ),
+    compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
+    interpret=interpret,
+    name="paged_attention_combine",
+  )(queue, sinks, parts, part_lse)
+
+
+def _fill(
+  out: Array,
+  lse: Array,
+  memory: _Memory,
+  tiles: TileQueue,
+  layer: _Layer,
+  *,
+  tile_q: int,
+  interpret: bool,
+) -> tuple[Array, Array]:
+  """Writes the results of the rows with many queries into those of the others."""
+
+  def kernel(
+    out_in: _Ref, lse_in: _Ref, tiles: Any, memory: _Memory, out: _Ref, lse_out: _Ref
+  ) -> None:
+    del out_in, lse_in  # the same memory as `out` and `lse_out`
+    head, tile = pl.program_id(0), pl.program_id(1)
+    row = tiles.rows[tile]
+
+    @pl.when(row >= 0)
+    def _() -> None:
+      start, stop = memory.cu_seqlens[row], memory.cu_seqlens[row + 1]
+      lanes = tiles.first[tile] + jnp.arange(tile_q, dtype=jnp.int32)
+      parts, lse = _walk(
+        memory,
+        layer,
+        row=row,
+        head=head,
+        queries=lanes,
+        tiles=None,
+        with_sinks=True,
+      )
+      token = start + lax.div(lanes, layer.group)
+      is_query = (token < stop) & (token >= 0) & (token < out.shape[0])
+      at = head * layer.group + lax.rem(lanes, layer.group)
+      lse = jnp.where(lse > NEG, lse / _LOG2_E, -jnp.inf)
+      for (a, b), part in zip(layer.value_parts, parts, strict=True):
+        part = part.astype(out.dtype)
+        _store(lambda r, c: out.at[r[0], r[1], c], (token, at), a, b, part, is_query)
+      plt.store(lse_out.at[token, at], lse, mask=is_query)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(layer.num_kv_heads, tiles.rows.size),
+    out_shape=(
+      jax.ShapeDtypeStruct(out.shape, out.dtype),
+      jax.ShapeDtypeStruct(lse.shape, lse.dtype),
+    ),
+    input_output_aliases={0: 0, 1: 1},
+    compiler_params=plt.CompilerParams(
+      num_warps=_num_warps(tile_q, layer), num_stages=layer.num_stages
+    ),
+    interpret=interpret,
+    name="paged_attention_fill",
+  )(out, lse, tiles, memory)
+
+
+def _store(
+  at: Callable[[Any, Array], Any],
+  rows: Any,
+  start: int,
+  stop: int,
+  value: Array,
+  mask: Array,
+) -> None:
+  """Stores `value [n, stop - start]` into these columns of rows that the mask has.
+
+  Rows that it has not may be out of range, but never repeat others: interpret mode
+  writes back what it read there.
+  """
+  columns = jnp.arange(start, stop, dtype=jnp.int32)
+  spread = functools.partial(jnp.broadcast_to, shape=value.shape)
+  rows = jax.tree.map(lambda x: spread(x[:, None]), rows)
+  plt.store(at(rows, spread(columns[None])), value, mask=spread(mask[:, None]))
+
+
+# --- Static choices -------------------------------------------------------------------
+
+
+def _parts(width: int) -> _Parts:
+  """Cuts columns into powers of two, which Triton wants: 576 into 512 and 64."""
+  parts, start = [], 0
+  while start < width:
+    size = 1 << ((width - start).bit_length() - 1)
+    parts.append((start, start + size))
+    start += size
+  return tuple(parts)
+
+
+def _power_of_two(least_size: int, *, least: int = 16) -> int:
+  """The power of two from `least` on (a product's smallest side) that holds so many."""
+  return max(least, 1 << (least_size - 1).bit_length())
+
+
+def _operand_dtype(
+  q: Array, k: Array, v: Array | None, k_scale: Array | None
+) -> np.dtype:
+  """What products are computed in: quantised elements are exact in any type of `q`."""
+  floats = [x.dtype for x in (k, v) if x is not None and k_scale is None]
+  return np.dtype(functools.reduce(jnp.promote_types, floats, q.dtype))
+
+
+def _tile_kv(k: Array, v: Array | None) -> tuple[int, int]:
+  """Tokens per tile, and tiles in flight."""
+  per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
+  for num_stages, tile in ((3, 64), (3, 32), (2, 32)):
+    if num_stages * tile * per_token <= _SHARED_BYTES:
+      return tile, num_stages
+  return 16, 2
+
+
+def _num_warps(tile_q: int, layer: _Layer) -> int:
+  """As many as hold the accumulator in half of their registers."""
+  return 8 if tile_q * layer.v_head_dim > 8192 else 4
