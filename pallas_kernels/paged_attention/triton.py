@@ -2,7 +2,8 @@
 
 Rows with few queries (decoding, drafts) are split along their keys: programs work off a
 queue of pieces, and a second kernel combines the partial results. Rows with many
-queries (prompt chunks) are cut into tiles of queries, each of which walks its keys once.
+queries (prompt chunks) are cut into tiles of queries that walk the keys once each.
+
 Both walk in the same way, `_walk`: keys and values are loaded by token, so any block
 size goes with any tile. What is loaded is always a token that some query of the tile
 sees: positions are clamped into the row, ids into the pool. Nothing dead is ever read,
@@ -566,17 +567,20 @@ def _operand_dtype(
   q: Array, k: Array, v: Array | None, k_scale: Array | None
 ) -> np.dtype:
   """What products are computed in: quantised elements are exact in any type of `q`."""
-  floats = [x.dtype for x in (k, v) if x is not None and k_scale is None]
-  return np.dtype(functools.reduce(jnp.promote_types, floats, q.dtype))
+  dtypes = {q.dtype}
+  if k_scale is None:
+    dtypes |= {x.dtype for x in (k, v) if x is not None}
+  return np.dtype(q.dtype if len(dtypes) == 1 else jnp.float32)
 
 
 def _tile_kv(k: Array, v: Array | None) -> tuple[int, int]:
-  """Tokens per tile, and tiles in flight."""
+  """Tokens per tile, and stages of the pipeline."""
   per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
-  for num_stages, tile in ((3, 64), (3, 32), (2, 32)):
-    if num_stages * tile * per_token <= _SHARED_BYTES:
-      return tile, num_stages
-  return 16, 2
+  choices = ((3, 64), (2, 64), (3, 32), (2, 32))
+  fits = (x for x in choices if math.prod(x) * per_token <= _SHARED_BYTES)
+  buffers, tile = next(fits, (2, 16))
+  # A stage ahead of each buffer, block ids are loaded.
+  return tile, 2 * buffers + 1
 
 
 def _num_warps(tile_q: int, layer: _Layer) -> int:
