@@ -32,7 +32,7 @@ REGISTERS = 64 << 10  # of a multiprocessor
 MIN_RESIDENT = {
   "paged_attention_split": 1,
   "paged_attention_fill": 1,
-  "paged_attention_combine": 16,
+  "paged_attention_combine": 4,
 }
 NAMED = [s for s in ARG_SPECS if " block " not in s.name and "tp2" not in s.name]
 
@@ -72,7 +72,7 @@ def test_kernels_fit_and_spill_nothing(compiler, spec, max_query_len):
   assert len(ours) == (2 if max_query_len else 3)
   for name, kernel in ours.items():
     print(f"{spec.name} {name} {kernel} resident {resident(kernel)}")
-    assert kernel.spill_bytes == 0, name
+    assert kernel.spill_bytes == 0, (name, kernel)
     assert kernel.shared_bytes <= MAX_SHARED_BYTES, name
     assert resident(kernel) >= MIN_RESIDENT[name], name
   assert not hlo.read(program.text).rewrites(shapes["k"].size)

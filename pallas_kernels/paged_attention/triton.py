@@ -4,19 +4,11 @@ Rows with few queries (decoding, drafts) are split along their keys: programs wo
 queue of pieces, and a second kernel combines the partial results. Rows with many
 queries (prompt chunks) are cut into tiles of queries that walk the keys once each.
 
-Both walk in the same way, `_walk`: keys and values are loaded by token, so any block
-size goes with any tile. What is loaded is always a token that some query of the tile
-sees: positions are clamped into the row, ids into the pool. Nothing dead is ever read,
-so there is nothing to mask in the values, and no table can lead outside of the pool.
-
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
-from collections.abc import Callable
-import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -26,12 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import work_queue
+from pallas_kernels.paged_attention.triton_walk import (
+  Layer,
+  LOG2_E,
+  Memory,
+  NEG,
+  Parts,
+  Ref,
+  store,
+  walk,
+)
 from pallas_kernels.paged_attention.work_queue import SplitQueue, TileQueue
 
-NEG = float(np.finfo(np.float32).min) / 2
-"""Logit of what is masked: finite, so that a walk without any key stays free of NaN."""
-
-_LOG2_E = math.log2(math.e)
 _MAX_QUERIES = 8
 """Tokens of a row, drafts included, up to which its keys are split."""
 _MAX_TILE_Q = 64
@@ -42,62 +40,6 @@ _NUM_PROGRAMS = 264
 _SHARED_BYTES = 100 << 10
 """Of tiles in flight, so that two programs find room on a multiprocessor."""
 _FLOATS = ("bfloat16", "float16", "float32")
-
-type _Ref = Any
-"""A Pallas reference; jax has no public name for it."""
-type _Parts = tuple[tuple[int, int], ...]
-
-
-class _Memory(NamedTuple):
-  """What every walk reads; None where a layer has no such thing.
-
-  Keys, values and their scales are flat: token `(block * K + head) * block_size + i`.
-  """
-
-  q: _Ref  # [T * H, D]
-  k: _Ref  # [N * K * block_size, D]
-  v: _Ref  # [N * K * block_size, Dv]
-  k_scale: _Ref  # [N * K * block_size]
-  v_scale: _Ref  # [N * K * block_size]
-  sinks: _Ref  # [H]
-  block_tables: _Ref  # [S, P]
-  seq_lens: _Ref  # [S]
-  cu_seqlens: _Ref  # [S + 1]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Layer:
-  """What kernels are specialised for.
-
-  Attributes:
-    num_kv_heads: `K`.
-    group: Query heads per kv head.
-    block_size: Tokens per block.
-    key_parts: Columns `(start, stop)` of the keys, see `_parts`.
-    value_parts: Columns of the values.
-    dtype: Of the operands of products.
-    tile_kv: Tokens per tile.
-    num_stages: Tiles in flight.
-    is_causal, sm_scale, sliding_window, logits_soft_cap: As in `paged_attention`.
-  """
-
-  num_kv_heads: int
-  group: int
-  block_size: int
-  key_parts: _Parts
-  value_parts: _Parts
-  dtype: np.dtype
-  tile_kv: int
-  num_stages: int
-  is_causal: bool
-  sm_scale: float
-  sliding_window: int | None
-  logits_soft_cap: float | None
-
-  @property
-  def v_head_dim(self) -> int:
-    """`Dv`."""
-    return self.value_parts[-1][1]
 
 
 def why_not(
@@ -151,13 +93,14 @@ def paged_attention(
   if max_query_len is not None:
     max_queries = min(max_queries, max_query_len)
   tile_kv, num_stages = _tile_kv(k, v)
-  layer = _Layer(
+  layer = Layer(
     num_kv_heads=num_kv_heads,
     group=group,
     block_size=block_size,
     key_parts=_parts(head_dim),
     value_parts=_parts(v_head_dim),
     dtype=_operand_dtype(q, k, v, k_scale),
+    is_quantised=k_scale is not None,
     tile_kv=tile_kv,
     num_stages=num_stages,
     is_causal=is_causal,
@@ -165,7 +108,7 @@ def paged_attention(
     sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
   )
-  memory = _Memory(
+  memory = Memory(
     q=q.reshape(-1, head_dim),
     k=k.reshape(-1, head_dim),
     v=None if v is None else v.reshape(-1, v_head_dim),
@@ -193,7 +136,7 @@ def paged_attention(
     *parts, queue, memory.sinks, layer, dtype=q.dtype, interpret=interpret
   )
   if max_query_len is None or max_query_len > max_queries:
-    tile_q = min(_MAX_TILE_Q, _power_of_two(num_tokens * group))
+    tile_q = _tile_q(num_tokens * group, layer)
     tiles = work_queue.tile_rows(
       seq_lens,
       cu_seqlens,
@@ -209,143 +152,13 @@ def paged_attention(
   return results
 
 
-# --- The walk -------------------------------------------------------------------------
-
-
-def _walk(
-  memory: _Memory,
-  layer: _Layer,
-  *,
-  row: Array,
-  head: Array,
-  queries: Array,
-  tiles: tuple[Array, Array] | None,
-  with_sinks: bool,
-) -> tuple[list[Array], Array]:
-  """Attention of some queries of a row over some tiles of its keys.
-
-  Args:
-    memory: Where everything is.
-    layer: Static facts.
-    row: `[]`.
-    head: `[]`, of the keys.
-    queries: `[tile_q]` rising `token * group + head`, counted in the row.
-    tiles: The first tile and one past the last; all that the queries see if None.
-    with_sinks: Whether sinks are to be counted in.
-
-  Returns:
-    The parts of `[tile_q, Dv]` float32, and the logarithm to base 2 of the softmax's
-    denominator, `[tile_q]`. `NEG` and zeros where a query sees nothing.
-  """
-  group, size = layer.group, layer.block_size
-  start, stop = memory.cu_seqlens[row], memory.cu_seqlens[row + 1]
-  max_len = memory.block_tables.shape[1] * size
-  length = jnp.minimum(memory.seq_lens[row], max_len)
-  queries = jnp.minimum(queries, (stop - start) * group - 1)
-  token = lax.div(queries, group)
-  heads = head * group + lax.rem(queries, group)
-  position = length - (stop - start) + token if layer.is_causal else None
-  num_heads = layer.num_kv_heads * group
-  num_tokens = memory.q.shape[0] // num_heads
-  at = jnp.clip(start + token, 0, num_tokens - 1) * num_heads + heads
-  q = [memory.q[at, a:b].astype(layer.dtype) for a, b in layer.key_parts]
-
-  begin, end = jnp.int32(0), length
-  if position is not None:
-    end = jnp.clip(jnp.max(position) + 1, 1, length)
-    if layer.sliding_window is not None:
-      begin = jnp.maximum(jnp.min(position) - (layer.sliding_window - 1), 0)
-  if tiles is None:
-    tile_kv = layer.tile_kv
-    tiles = lax.div(begin, tile_kv), lax.div(end + (tile_kv - 1), tile_kv)
-
-  def step(index: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
-    sums, top, total = state
-    place = index * layer.tile_kv + jnp.arange(layer.tile_kv, dtype=jnp.int32)
-    mask = jnp.broadcast_to((place < end)[None], (queries.size, place.size))
-    if position is not None:
-      mask &= place[None] <= position[:, None]
-      if layer.sliding_window is not None:
-        mask &= place[None] > position[:, None] - layer.sliding_window
-    # Only what some query sees is read.
-    slot = _slots(memory, layer, row, head, jnp.clip(place, begin, end - 1))
-    keys = [_load(memory.k, slot, part, layer.dtype) for part in layer.key_parts]
-    logits = sum(
-      (_dot(x, y.T) for x, y in zip(q, keys, strict=True)),
-      start=jnp.zeros(mask.shape, jnp.float32),
-    )
-    if memory.k_scale is not None:
-      logits = logits * memory.k_scale[slot][None]
-    if layer.logits_soft_cap is None:
-      logits = logits * (layer.sm_scale * _LOG2_E)
-    else:
-      cap = layer.logits_soft_cap
-      logits = jnp.tanh(logits * (layer.sm_scale / cap)) * (cap * _LOG2_E)
-    logits = jnp.where(mask, logits, NEG)
-    new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-    shrink = jnp.exp2(top - new_top)
-    weights = jnp.where(mask, jnp.exp2(logits - new_top[:, None]), 0.0)
-    total = total * shrink + jnp.sum(weights, axis=1)
-    scale = memory.k_scale if memory.v is None else memory.v_scale
-    if scale is not None:
-      weights = weights * scale[slot][None]
-    weights = weights.astype(layer.dtype)
-    if memory.v is None:  # the first parts of the keys
-      pool, loaded = memory.k, dict(zip(layer.key_parts, keys, strict=True))
-    else:
-      pool, loaded = memory.v, {}
-    sums = [
-      x * shrink[:, None]
-      + _dot(
-        weights,
-        loaded[part] if part in loaded else _load(pool, slot, part, layer.dtype),
-      )
-      for x, part in zip(sums, layer.value_parts, strict=True)
-    ]
-    return sums, new_top, total
-
-  top = jnp.full(queries.shape, NEG, jnp.float32)
-  total = jnp.zeros(queries.shape, jnp.float32)
-  if with_sinks and memory.sinks is not None:
-    top, total = memory.sinks[heads] * _LOG2_E, total + 1.0
-  sums = [jnp.zeros((queries.size, b - a), jnp.float32) for a, b in layer.value_parts]
-  sums, top, total = lax.fori_loop(*tiles, step, (sums, top, total))
-  safe = jnp.where(total == 0.0, 1.0, total)
-  lse = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
-  return [x / safe[:, None] for x in sums], lse
-
-
-def _slots(
-  memory: _Memory, layer: _Layer, row: Array, head: Array, place: Array
-) -> Array:
-  """Index of each position of a row in the flat pools."""
-  size, num_kv_heads = layer.block_size, layer.num_kv_heads
-  block = memory.block_tables[row, lax.div(place, size)]
-  num_blocks = memory.k.shape[0] // (num_kv_heads * size)
-  block = jnp.clip(block, 0, num_blocks - 1)
-  return (block * num_kv_heads + head) * size + lax.rem(place, size)
-
-
-def _load(pool: _Ref, slot: Array, part: tuple[int, int], dtype: np.dtype) -> Array:
-  """Some columns of some tokens, in a type to compute with."""
-  tile = pool[slot, part[0] : part[1]]
-  if tile.dtype == jnp.uint8:
-    tile = lax.bitcast_convert_type(tile, jnp.float8_e4m3fn)
-  return tile.astype(dtype)
-
-
-def _dot(x: Array, y: Array) -> Array:
-  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
 # --- Kernels --------------------------------------------------------------------------
 
 
 def _split(
-  memory: _Memory,
+  memory: Memory,
   queue: SplitQueue,
-  layer: _Layer,
+  layer: Layer,
   *,
   max_queries: int,
   interpret: bool,
@@ -355,12 +168,12 @@ def _split(
   Programs take turns at the pieces, all heads of one before the next.
   """
   num_queries = max_queries * layer.group
-  tile_q = min(_MAX_TILE_Q, _power_of_two(num_queries))
+  tile_q = _tile_q(num_queries, layer)
   tiles_q = -(-num_queries // tile_q)
   per_piece = layer.num_kv_heads * tiles_q
   num_programs = min(_NUM_PROGRAMS, queue.rows.size * per_piece)
 
-  def kernel(queue: Any, memory: _Memory, out: _Ref, lse_out: _Ref) -> None:
+  def kernel(queue: Any, memory: Memory, out: Ref, lse_out: Ref) -> None:
     program = pl.program_id(0)
 
     def work(turn: Array, carry: None) -> None:
@@ -369,7 +182,7 @@ def _split(
       head = lax.rem(index, layer.num_kv_heads)
       first = lax.div(lax.rem(index, per_piece), layer.num_kv_heads) * tile_q
       lanes = first + jnp.arange(tile_q, dtype=jnp.int32)
-      parts, lse = _walk(
+      parts, lse = walk(
         memory,
         layer,
         row=queue.rows[piece],
@@ -380,7 +193,7 @@ def _split(
       )
       is_query = lanes < num_queries
       for (a, b), part in zip(layer.value_parts, parts, strict=True):
-        _store(lambda r, c: out.at[piece, head, r, c], lanes, a, b, part, is_query)
+        store(lambda r, c: out.at[piece, head, r, c], lanes, a, b, part, is_query)
       plt.store(lse_out.at[piece, head, lanes], lse, mask=is_query)
 
     todo = queue.num_pieces[0] * per_piece - program
@@ -408,19 +221,19 @@ def _combine(
   part_lse: Array,
   queue: SplitQueue,
   sinks: Array | None,
-  layer: _Layer,
+  layer: Layer,
   *,
   dtype: np.dtype,
   interpret: bool,
 ) -> tuple[Array, Array]:
   """`out [T, H, Dv]` and `lse [T, H]`; zeros and `-inf` for tokens of other rows."""
   num_tokens, group = queue.token_count.size, layer.group
-  tile = min(_power_of_two(group, least=1), max(1, 8192 // layer.v_head_dim))
+  tile = min(_power_of_two(group, least=1), max(1, 4096 // layer.v_head_dim))
   tiles = -(-group // tile)
   num_heads = layer.num_kv_heads * group
 
   def kernel(
-    queue: Any, sinks: _Ref, parts: _Ref, part_lse: _Ref, out: _Ref, lse_out: _Ref
+    queue: Any, sinks: Ref, parts: Ref, part_lse: Ref, out: Ref, lse_out: Ref
   ) -> None:
     token, head = pl.program_id(0), pl.program_id(1)
     lanes = pl.program_id(2) * tile + jnp.arange(tile, dtype=jnp.int32)
@@ -445,15 +258,15 @@ def _combine(
     top = jnp.full((tile,), NEG, jnp.float32)
     total = jnp.zeros((tile,), jnp.float32)
     if sinks is not None:
-      top, total = sinks[heads] * _LOG2_E, total + 1.0
+      top, total = sinks[heads] * LOG2_E, total + 1.0
     sums = [jnp.zeros((tile, b - a), jnp.float32) for a, b in layer.value_parts]
     sums, top, total = lax.fori_loop(0, count, step, (sums, top, total))
-    lse = (top + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
+    lse = (top + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / LOG2_E
     lse = jnp.where((total == 0.0) | (count == 0), -jnp.inf, lse)
     is_head, at = lanes < group, head * group + lanes
     for (a, b), x in zip(layer.value_parts, sums, strict=True):
       x = (x / jnp.where(total == 0.0, 1.0, total)[:, None]).astype(dtype)
-      _store(lambda r, c: out.at[token, r, c], at, a, b, x, is_head)
+      store(lambda r, c: out.at[token, r, c], at, a, b, x, is_head)
     plt.store(lse_out.at[token, at], lse, mask=is_head)
 
   return pl.pallas_call(
@@ -472,9 +285,9 @@ def _combine(
 def _fill(
   out: Array,
   lse: Array,
-  memory: _Memory,
+  memory: Memory,
   tiles: TileQueue,
-  layer: _Layer,
+  layer: Layer,
   *,
   tile_q: int,
   interpret: bool,
@@ -482,7 +295,7 @@ def _fill(
   """Writes the results of the rows with many queries into those of the others."""
 
   def kernel(
-    out_in: _Ref, lse_in: _Ref, tiles: Any, memory: _Memory, out: _Ref, lse_out: _Ref
+    out_in: Ref, lse_in: Ref, tiles: Any, memory: Memory, out: Ref, lse_out: Ref
   ) -> None:
     del out_in, lse_in  # the same memory as `out` and `lse_out`
     head, tile = pl.program_id(0), pl.program_id(1)
@@ -492,7 +305,7 @@ def _fill(
     def _() -> None:
       start, stop = memory.cu_seqlens[row], memory.cu_seqlens[row + 1]
       lanes = tiles.first[tile] + jnp.arange(tile_q, dtype=jnp.int32)
-      parts, lse = _walk(
+      parts, lse = walk(
         memory,
         layer,
         row=row,
@@ -504,10 +317,10 @@ def _fill(
       token = start + lax.div(lanes, layer.group)
       is_query = (token < stop) & (token >= 0) & (token < out.shape[0])
       at = head * layer.group + lax.rem(lanes, layer.group)
-      lse = jnp.where(lse > NEG, lse / _LOG2_E, -jnp.inf)
+      lse = jnp.where(lse > NEG, lse / LOG2_E, -jnp.inf)
       for (a, b), part in zip(layer.value_parts, parts, strict=True):
         part = part.astype(out.dtype)
-        _store(lambda r, c: out.at[r[0], r[1], c], (token, at), a, b, part, is_query)
+        store(lambda r, c: out.at[r[0], r[1], c], (token, at), a, b, part, is_query)
       plt.store(lse_out.at[token, at], lse, mask=is_query)
 
   return pl.pallas_call(
@@ -526,29 +339,10 @@ def _fill(
   )(out, lse, tiles, memory)
 
 
-def _store(
-  at: Callable[[Any, Array], Any],
-  rows: Any,
-  start: int,
-  stop: int,
-  value: Array,
-  mask: Array,
-) -> None:
-  """Stores `value [n, stop - start]` into these columns of rows that the mask has.
-
-  Rows that it has not may be out of range, but never repeat others: interpret mode
-  writes back what it read there.
-  """
-  columns = jnp.arange(start, stop, dtype=jnp.int32)
-  spread = functools.partial(jnp.broadcast_to, shape=value.shape)
-  rows = jax.tree.map(lambda x: spread(x[:, None]), rows)
-  plt.store(at(rows, spread(columns[None])), value, mask=spread(mask[:, None]))
-
-
 # --- Static choices -------------------------------------------------------------------
 
 
-def _parts(width: int) -> _Parts:
+def _parts(width: int) -> Parts:
   """Cuts columns into powers of two, which Triton wants: 576 into 512 and 64."""
   parts, start = [], 0
   while start < width:
@@ -577,12 +371,24 @@ def _tile_kv(k: Array, v: Array | None) -> tuple[int, int]:
   """Tokens per tile, and stages of the pipeline."""
   per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
   choices = ((3, 64), (2, 64), (3, 32), (2, 32))
+  if k.dtype.itemsize == 1 and k.shape[-1] > 512:
+    choices = choices[2:]  # elements pass through registers on their way to a product
   fits = (x for x in choices if math.prod(x) * per_token <= _SHARED_BYTES)
   buffers, tile = next(fits, (2, 16))
   # A stage ahead of each buffer, block ids are loaded.
   return tile, 2 * buffers + 1
 
 
-def _num_warps(tile_q: int, layer: _Layer) -> int:
-  """As many as hold the accumulator in half of their registers."""
-  return 8 if tile_q * layer.v_head_dim > 8192 else 4
+def _tile_q(num_queries: int, layer: Layer) -> int:
+  """Queries per tile: what registers hold without spilling."""
+  most = _MAX_TILE_Q
+  if layer.v_head_dim > 256:
+    most //= 4 if layer.is_quantised else 2
+  if layer.dtype == jnp.float32:
+    most //= 4
+  return min(max(most, 16), _power_of_two(num_queries))
+
+
+def _num_warps(tile_q: int, layer: Layer) -> int:
+  """As many as hold the sums in a quarter of their registers."""
+  return 8 if tile_q * layer.v_head_dim >= 8192 else 4
