@@ -4,7 +4,7 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench floor aot wheel-test clean distclean
+.PHONY: help setup demo test test-slow lint format bench gpu floor aot wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
@@ -51,6 +51,9 @@ format: setup ## Format the code and fix what lint can fix
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+gpu: ## Check and time the kernels on this machine's GPU, with PYTHON's own jax
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 floor: ## Run the tests with the oldest supported jax, in .venv-floor
 	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'
