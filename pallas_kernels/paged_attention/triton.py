@@ -132,8 +132,8 @@ def paged_attention(
     sliding_window=sliding_window,
   )
   parts = _split(memory, queue, layer, max_queries=max_queries, interpret=interpret)
-  results = _combine(
-    *parts, queue, memory.sinks, layer, dtype=q.dtype, interpret=interpret
+  results = combine(
+    *parts, queue, memory.sinks, group=group, dtype=q.dtype, interpret=interpret
   )
   if max_query_len is None or max_query_len > max_queries:
     tile_q = _tile_q(num_tokens * group, layer)
@@ -216,21 +216,35 @@ def _split(
   )(queue, memory)
 
 
-def _combine(
+def combine(
   parts: Array,
   part_lse: Array,
   queue: SplitQueue,
   sinks: Array | None,
-  layer: Layer,
   *,
+  group: int,
   dtype: np.dtype,
   interpret: bool,
 ) -> tuple[Array, Array]:
-  """`out [T, H, Dv]` and `lse [T, H]`; zeros and `-inf` for tokens of other rows."""
-  num_tokens, group = queue.token_count.size, layer.group
-  tile = min(_power_of_two(group, least=1), max(1, 4096 // layer.v_head_dim))
+  """Combines partial results.
+
+  Args:
+    parts: `[W, K, R, Dv]` of each piece, `R` at least the queries of a row.
+    part_lse: `[W, K, R]` in base 2, `NEG` where nothing was seen.
+    queue: What the pieces are.
+    sinks: `[H]`, or None.
+    group: Query heads per kv head.
+    dtype: Of the result.
+    interpret: As in `paged_attention`.
+
+  Returns:
+    `out [T, H, Dv]` and `lse [T, H]`; zeros and `-inf` for tokens of other rows.
+  """
+  num_tokens, (_, num_kv_heads, _, v_head_dim) = queue.token_count.size, parts.shape
+  columns = _parts(v_head_dim)
+  tile = min(_power_of_two(group, least=1), max(1, 4096 // v_head_dim))
   tiles = -(-group // tile)
-  num_heads = layer.num_kv_heads * group
+  num_heads = num_kv_heads * group
 
   def kernel(
     queue: Any, sinks: Ref, parts: Ref, part_lse: Ref, out: Ref, lse_out: Ref
@@ -251,7 +265,7 @@ def _combine(
       weight = jnp.where(lse > NEG, jnp.exp2(lse - new_top), 0.0)
       sums = [
         x * shrink[:, None] + parts[piece, head, query, a:b] * weight[:, None]
-        for x, (a, b) in zip(sums, layer.value_parts, strict=True)
+        for x, (a, b) in zip(sums, columns, strict=True)
       ]
       return sums, new_top, total * shrink + weight
 
@@ -259,21 +273,21 @@ def _combine(
     total = jnp.zeros((tile,), jnp.float32)
     if sinks is not None:
       top, total = sinks[heads] * LOG2_E, total + 1.0
-    sums = [jnp.zeros((tile, b - a), jnp.float32) for a, b in layer.value_parts]
+    sums = [jnp.zeros((tile, b - a), jnp.float32) for a, b in columns]
     sums, top, total = lax.fori_loop(0, count, step, (sums, top, total))
     lse = (top + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / LOG2_E
     lse = jnp.where((total == 0.0) | (count == 0), -jnp.inf, lse)
     is_head, at = lanes < group, head * group + lanes
-    for (a, b), x in zip(layer.value_parts, sums, strict=True):
+    for (a, b), x in zip(columns, sums, strict=True):
       x = (x / jnp.where(total == 0.0, 1.0, total)[:, None]).astype(dtype)
       store(lambda r, c: out.at[token, r, c], at, a, b, x, is_head)
     plt.store(lse_out.at[token, at], lse, mask=is_head)
 
   return pl.pallas_call(
     kernel,
-    grid=(num_tokens, layer.num_kv_heads, tiles),
+    grid=(num_tokens, num_kv_heads, tiles),
     out_shape=(
-      jax.ShapeDtypeStruct((num_tokens, num_heads, layer.v_head_dim), dtype),
+      jax.ShapeDtypeStruct((num_tokens, num_heads, v_head_dim), dtype),
       jax.ShapeDtypeStruct((num_tokens, num_heads), jnp.float32),
     ),
     compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
