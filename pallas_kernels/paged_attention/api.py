@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import xla
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 
 
 def paged_attention(
@@ -63,8 +63,9 @@ def paged_attention(
     v_head_dim: `Dv` where `v` is None.
     return_lse: Whether to return the logarithm of the softmax's denominator too, with
       which partial results can be merged.
-    implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), or None for the
-      best that can serve: on a GPU Triton if it can, else XLA.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), `"mosaic"` (a
+      Hopper GPU, few queries per row), or None for the best that can serve: on a GPU
+      Triton if it can, else XLA.
 
   Returns:
     `out [T, H, Dv]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`. With
@@ -116,7 +117,7 @@ def _run(
     )
   if implementation == "xla" or (implementation is None and _platform() != "gpu"):
     return fallback()
-  backend = _triton()
+  backend = _backend(implementation or "triton")
   reason = backend.why_not(*arguments[:3], **options)
   if implementation is None:
     if reason is not None:
@@ -137,11 +138,13 @@ def _platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def _triton() -> ModuleType:
-  """Imported where a GPU is: it takes a moment, and jax will drop it one day."""
-  from pallas_kernels.paged_attention import triton
-
-  return triton
+def _backend(name: str) -> ModuleType:
+  """Imported where a GPU is: it takes a moment, and one day jax will drop Triton."""
+  if name == "triton":
+    from pallas_kernels.paged_attention import triton as backend
+  else:
+    from pallas_kernels.paged_attention import mosaic_sm90 as backend
+  return backend
 
 
 def _check_values(k: Array, v: Array | None, v_head_dim: int | None) -> None:

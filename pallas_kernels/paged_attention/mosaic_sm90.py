@@ -181,6 +181,10 @@ def _split(
   columns, num_stages = layer.columns, layer.num_stages
   last_column = block_tables.shape[1] - 1
   max_len = block_tables.shape[1] * block_size
+  # A block that is larger than a tile is copied in parts.
+  rows_per_copy = min(block_size, _TILE)
+  tiles_per_block = block_size // rows_per_copy
+  part = (num_blocks, num_kv_heads, tiles_per_block, rows_per_copy)
   num_pieces = queue.rows.size
   num_programs = min(_NUM_PROGRAMS, num_pieces * num_kv_heads)
 
@@ -327,25 +331,19 @@ def _split(
                 def _() -> None:
                   plgpu.barrier_wait(free.at[slot])
 
-                if block_size > _TILE:
-                  offset = lax.rem(index * _TILE, jnp.int32(block_size))
-                  source = pool.at[
-                    blocks[0], head, pl.ds(pl.multiple_of(offset, _TILE), _TILE)
-                  ]
-                  plgpu.copy_gmem_to_smem(source, ring.at[slot], here.at[slot])
-                  return following
+                half = lax.rem(index, jnp.int32(tiles_per_block))
                 for j, block in enumerate(blocks):
-                  target = ring.at[slot, pl.ds(j * block_size, block_size)]
+                  target = ring.at[slot, pl.ds(j * rows_per_copy, rows_per_copy)]
                   copy = functools.partial(
                     plgpu.copy_gmem_to_smem,
-                    pool.at[block, head],
+                    pool.at[block, head, half],
                     target,
                     here.at[slot],
                   )
                   if j == 0:
                     copy()
                     continue
-                  place = index * _TILE + j * block_size
+                  place = index * _TILE + j * rows_per_copy
 
                   @pl.when(place < length)
                   def _(copy=copy) -> None:
@@ -398,8 +396,8 @@ def _split(
     **({} if interpret is None else {"interpret": interpret}),
   )(
     q,
-    k,
-    v,
+    k.reshape(*part, head_dim),
+    v.reshape(*part, v_head_dim),
     block_tables,
     seq_lens,
     cu_seqlens,
