@@ -13,17 +13,21 @@ logits, and zeroed in the values, where `0 * NaN` would be NaN.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import triton, work_queue
 from pallas_kernels.paged_attention.triton_walk import LOG2_E, NEG
 from pallas_kernels.paged_attention.work_queue import SplitQueue
+
+plgpu: Any = mosaic_gpu  # It does not say which of its names are public.
+type _Ref = Any
+"""A Pallas reference; jax has no public name for it."""
 
 _TILE = 64
 """Tokens per tile, the least that a warpgroup's product has."""
@@ -58,8 +62,8 @@ class _Layer:
   logits_soft_cap: float | None
 
   @property
-  def blocks_per_tile(self) -> int:
-    """Copies that bring a tile; a larger block brings several tiles."""
+  def copies_per_tile(self) -> int:
+    """Blocks of a tile, or one part of a block that is larger."""
     return max(1, _TILE // self.block_size)
 
 
@@ -163,6 +167,51 @@ def paged_attention(
   )
 
 
+class _Memory(NamedTuple):
+  """Arguments and results in the memory of the device."""
+
+  q: _Ref  # [S, K, columns, D]
+  k: _Ref  # [N, K, tiles per block, tokens per copy, D]
+  v: _Ref  # [N, K, tiles per block, tokens per copy, Dv]
+  block_tables: _Ref  # [S, P]
+  seq_lens: _Ref  # [S]
+  cu_seqlens: _Ref  # [S + 1]
+  rows: _Ref  # [W]
+  first: _Ref  # [W]
+  last: _Ref  # [W]
+  num_pieces: _Ref  # [1]
+  out: _Ref  # [W, K, columns, Dv]
+  lse: _Ref  # [W, K, columns]
+
+
+class _Scratch(NamedTuple):
+  """Shared memory of a program, and the barriers by which its threads meet."""
+
+  q: _Ref  # [columns, D]
+  k: _Ref  # [stages, tile, D]
+  v: _Ref  # [stages, tile, Dv]
+  weights: _Ref  # [columns, tile]
+  out: _Ref  # [columns, Dv]
+  lse: _Ref  # [columns]
+  q_here: _Ref
+  k_here: _Ref  # [stages]
+  v_here: _Ref  # [stages]
+  k_free: _Ref  # [stages]
+  v_free: _Ref  # [stages]
+
+
+class _Piece(NamedTuple):
+  """A piece of work; every entry is `[]` int32."""
+
+  number: Array  # its place in the queue
+  head: Array
+  row: Array
+  first: Array  # tile
+  last: Array  # one past the last tile
+  length: Array  # of the row
+  done: Array  # tiles that the program had before
+
+
 def _split(
   q: Array,
   k: Array,
@@ -175,214 +224,57 @@ def _split(
   *,
   interpret: Any,
 ) -> tuple[Array, Array]:
-  """Partial results `[W, K, R, Dv]`, and `[W, K, R]` in base 2; `R` columns."""
+  """Partial results `[W, K, columns, Dv]`, and `[W, K, columns]` in base 2."""
   num_blocks, num_kv_heads, block_size, head_dim = k.shape
   v_head_dim, dtype = v.shape[-1], q.dtype
-  columns, num_stages = layer.columns, layer.num_stages
-  last_column = block_tables.shape[1] - 1
-  max_len = block_tables.shape[1] * block_size
   # A block that is larger than a tile is copied in parts.
   rows_per_copy = min(block_size, _TILE)
-  tiles_per_block = block_size // rows_per_copy
-  part = (num_blocks, num_kv_heads, tiles_per_block, rows_per_copy)
-  num_pieces = queue.rows.size
-  num_programs = min(_NUM_PROGRAMS, num_pieces * num_kv_heads)
+  part = (num_blocks, num_kv_heads, block_size // rows_per_copy, rows_per_copy)
+  shape = (queue.rows.size, num_kv_heads, layer.columns)
+  num_programs = min(_NUM_PROGRAMS, queue.rows.size * num_kv_heads)
 
-  def kernel(
-    q, k, v, tables, lens, starts, rows, firsts, lasts, count, out, lse_out, *scratch
-  ):
-    q_s, k_s, v_s, p_s, out_s, lse_s, q_here, k_here, v_here, k_free, v_free = scratch
-    program = lax.axis_index("program")
+  def kernel(*refs: _Ref) -> None:
+    memory, scratch = _Memory(*refs[:12]), _Scratch(*refs[12:])
+    each = functools.partial(_each_piece, memory, num_programs=num_programs)
     thread = lax.axis_index("thread")
-    todo = count[0] * num_kv_heads - program
-    turns = lax.div(todo + (num_programs - 1), jnp.int32(num_programs))
-
-    def each_piece(work: Callable[..., Array]) -> None:
-      """Calls `work(done, ...)` for each piece; `done` counts tiles over all pieces."""
-
-      def turn(index: Array, done: Array) -> Array:
-        at = index * num_programs + program
-        piece = lax.div(at, jnp.int32(num_kv_heads))
-        head = lax.rem(at, jnp.int32(num_kv_heads))
-        return work(done, piece, head, rows[piece], firsts[piece], lasts[piece])
-
-      lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))
 
     @pl.when(thread == 0)
     def _() -> None:
-      def work(done, piece, head, row, first, last):
-        length = jnp.minimum(lens[row], max_len)
-        base = length - (starts[row + 1] - starts[row])  # the first query's position
-        begin = jnp.int32(0)
-        if layer.sliding_window is not None:
-          begin = jnp.maximum(base - (layer.sliding_window - 1), 0)
-        plgpu.copy_gmem_to_smem(q.at[row, head], q_s, q_here)
-        plgpu.barrier_wait(q_here)
-
-        def step(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-          acc, top, total = state
-          slot = lax.rem(done + index - first, jnp.int32(num_stages))
-          plgpu.barrier_wait(k_here.at[slot])
-
-          def product(ref):
-            plgpu.wgmma(ref, k_s.at[slot], q_s.T)
-            return ref[...]
-
-          logits = pl.run_scoped(product, plgpu.ACC((_TILE, columns), jnp.float32))
-          plgpu.barrier_arrive(k_free.at[slot])
-          logits = _scaled(logits, layer)
-          iota = functools.partial(
-            plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=_WGMMA
-          )
-          place = iota(dimension=0) + index * _TILE
-          position = base + lax.div(iota(dimension=1), jnp.int32(layer.group))
-          mask = (place <= position) & (place < length)
-          if layer.sliding_window is not None:
-            mask &= place > position - layer.sliding_window
-          logits = jnp.where(mask, logits, NEG)
-          new_top = jnp.maximum(top, logits.max(axis=0))
-          shrink = jnp.exp2(top - new_top)
-          weights = jnp.exp2(logits - _spread(new_top, logits.shape))
-          weights = jnp.where(mask, weights, 0.0)
-          # Summed over rows at the end: until then each thread has a sum of its own.
-          total = total * _spread(shrink, total.shape) + weights
-          p_s.T[...] = plgpu.layout_cast(weights.astype(dtype), _TRANSPOSED)
-          acc = acc * _spread(shrink, acc.shape)
-          plgpu.barrier_wait(v_here.at[slot])
-
-          @pl.when((index * _TILE < begin) | ((index + 1) * _TILE > length))
-          def _() -> None:
-            # In squares, which take the fewest registers.
-            for column in range(0, v_head_dim, 64):
-              square = v_s.at[slot, :, pl.ds(column, 64)]
-              values = plgpu.load(square, layout=_WGMMA)
-              at = plgpu.broadcasted_iota(jnp.int32, (_TILE, 64), 0, layout=_WGMMA)
-              at = at + index * _TILE
-              is_live = (at >= begin) & (at < length)
-              square[...] = jnp.where(is_live, values, jnp.zeros_like(values))
-
-          plgpu.commit_smem()
-
-          def product_of_values(ref):
-            plgpu.wgmma(ref, v_s.at[slot].T, p_s.T)
-            return ref[...]
-
-          acc = acc + pl.run_scoped(
-            product_of_values, plgpu.ACC((v_head_dim, columns), jnp.float32)
-          )
-          plgpu.barrier_arrive(v_free.at[slot])
-          return acc, new_top, total
-
-        def full(shape, value, layout):
-          return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-        acc, top, total = lax.fori_loop(
-          first,
-          last,
-          step,
-          (
-            full((v_head_dim, columns), 0.0, _WGMMA),
-            full((columns,), NEG, _COLUMNS),
-            full((_TILE, columns), 0.0, _WGMMA),
-          ),
-        )
-        total = total.sum(axis=0)
-        safe = jnp.where(total == 0.0, 1.0, total)
-        acc = acc / _spread(safe, acc.shape)
-        out_s.T[...] = plgpu.layout_cast(acc, _TRANSPOSED)
-        lse_s[...] = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s, out.at[piece, head])
-        plgpu.copy_smem_to_gmem(lse_s, lse_out.at[piece, head])
-        plgpu.wait_smem_to_gmem(0)
-        return done + (last - first)
-
-      each_piece(work)
+      each(functools.partial(_compute, memory, scratch, layer))
 
     @pl.when(thread == 1)
     def _() -> None:
       @plgpu.warp_map
       def _(warp: Array) -> None:
-        for which, (pool, ring, here, free) in enumerate(
-          ((k, k_s, k_here, k_free), (v, v_s, v_here, v_free))
-        ):
+        @pl.when(warp == 0)
+        def _() -> None:
+          tiles = _Ring(memory.k, scratch.k, scratch.k_here, scratch.k_free)
+          each(functools.partial(_fetch, memory, tiles, layer))
 
-          @pl.when(warp == which)
-          def _(pool=pool, ring=ring, here=here, free=free) -> None:
-            def work(done, piece, head, row, first, last):
-              del piece
-              length = jnp.minimum(lens[row], max_len)
+        @pl.when(warp == 1)
+        def _() -> None:
+          tiles = _Ring(memory.v, scratch.v, scratch.v_here, scratch.v_free)
+          each(functools.partial(_fetch, memory, tiles, layer))
 
-              def ids(index: Array) -> tuple[Array, ...]:
-                """Blocks of a tile; read one tile ahead, to hide the latency."""
-                at = lax.div(index * _TILE, jnp.int32(block_size))
-                each = [
-                  tables[row, jnp.minimum(at + j, last_column)]
-                  for j in range(layer.blocks_per_tile)
-                ]
-                return tuple(jnp.clip(block, 0, num_blocks - 1) for block in each)
-
-              def fetch(index: Array, blocks: tuple[Array, ...]) -> tuple[Array, ...]:
-                following = ids(index + 1)
-                count = done + index - first
-                slot = lax.rem(count, jnp.int32(num_stages))
-
-                @pl.when(count >= num_stages)
-                def _() -> None:
-                  plgpu.barrier_wait(free.at[slot])
-
-                half = lax.rem(index, jnp.int32(tiles_per_block))
-                for j, block in enumerate(blocks):
-                  target = ring.at[slot, pl.ds(j * rows_per_copy, rows_per_copy)]
-                  copy = functools.partial(
-                    plgpu.copy_gmem_to_smem,
-                    pool.at[block, head, half],
-                    target,
-                    here.at[slot],
-                  )
-                  if j == 0:
-                    copy()
-                    continue
-                  place = index * _TILE + j * rows_per_copy
-
-                  @pl.when(place < length)
-                  def _(copy=copy) -> None:
-                    copy()
-
-                  @pl.when(place >= length)
-                  def _() -> None:
-                    plgpu.barrier_arrive(here.at[slot])
-
-                return following
-
-              lax.fori_loop(first, last, fetch, ids(first))
-              return done + (last - first)
-
-            each_piece(work)
-
-  ring = functools.partial(plgpu.Barrier, num_barriers=num_stages)
-  arrivals = layer.blocks_per_tile
-  shape = (num_pieces, num_kv_heads, columns)
+  ring = functools.partial(plgpu.Barrier, num_barriers=layer.num_stages)
   return plgpu.kernel(
     kernel,
     out_type=(
-      jax.ShapeDtypeStruct(
-        (num_pieces, num_kv_heads, columns, v_head_dim), jnp.float32
-      ),
+      jax.ShapeDtypeStruct((*shape, v_head_dim), jnp.float32),
       jax.ShapeDtypeStruct(shape, jnp.float32),
     ),
-    scratch_types=(
-      _tiled((columns, head_dim), dtype),
-      _tiled((num_stages, _TILE, head_dim), dtype),
-      _tiled((num_stages, _TILE, v_head_dim), dtype),
-      _tiled((columns, _TILE), dtype),
-      _tiled((columns, v_head_dim), jnp.float32),
-      plgpu.SMEM((columns,), jnp.float32),
-      plgpu.Barrier(),
-      ring(num_arrivals=arrivals),
-      ring(num_arrivals=arrivals),
-      ring(),
-      ring(),
+    scratch_types=_Scratch(
+      q=_tiled((layer.columns, head_dim), dtype),
+      k=_tiled((layer.num_stages, _TILE, head_dim), dtype),
+      v=_tiled((layer.num_stages, _TILE, v_head_dim), dtype),
+      weights=_tiled((layer.columns, _TILE), dtype),
+      out=_tiled((layer.columns, v_head_dim), jnp.float32),
+      lse=plgpu.SMEM((layer.columns,), jnp.float32),
+      q_here=plgpu.Barrier(),
+      k_here=ring(num_arrivals=layer.copies_per_tile),
+      v_here=ring(num_arrivals=layer.copies_per_tile),
+      k_free=ring(),
+      v_free=ring(),
     ),
     grid=(num_programs,),
     grid_names=("program",),
@@ -406,6 +298,186 @@ def _split(
     queue.last,
     queue.num_pieces,
   )
+
+
+def _each_piece(
+  memory: _Memory, work: Callable[[_Piece], None], *, num_programs: int
+) -> None:
+  """Works off the pieces of this program; all its threads come by here."""
+  program = lax.axis_index("program")
+  num_heads = memory.k.shape[1]
+  max_len = memory.block_tables.shape[1] * memory.k.shape[2] * memory.k.shape[3]
+  todo = memory.num_pieces[0] * num_heads - program
+  turns = lax.div(todo + (num_programs - 1), jnp.int32(num_programs))
+
+  def turn(index: Array, done: Array) -> Array:
+    at = index * num_programs + program
+    piece = lax.div(at, jnp.int32(num_heads))
+    row, first, last = memory.rows[piece], memory.first[piece], memory.last[piece]
+    work(
+      _Piece(
+        number=piece,
+        head=lax.rem(at, jnp.int32(num_heads)),
+        row=row,
+        first=first,
+        last=last,
+        length=jnp.minimum(memory.seq_lens[row], max_len),
+        done=done,
+      )
+    )
+    return done + (last - first)
+
+  lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))
+
+
+class _Ring(NamedTuple):
+  """Where tiles come from and go to; `[stages, ...]` but for the pool."""
+
+  pool: _Ref
+  tiles: _Ref
+  here: _Ref
+  free: _Ref
+
+
+def _fetch(memory: _Memory, ring: _Ring, layer: _Layer, piece: _Piece) -> None:
+  """Copies the tiles of a piece into the ring, each as soon as there is room."""
+  num_blocks, _, tiles_per_block, rows_per_copy, _ = ring.pool.shape
+  block_size = tiles_per_block * rows_per_copy
+
+  def ids(index: Array) -> tuple[Array, ...]:
+    """Blocks of a tile; never outside of the table or the pool."""
+    at = lax.div(index * _TILE, jnp.int32(block_size))
+    columns = [at + j for j in range(layer.copies_per_tile)]
+    last = memory.block_tables.shape[1] - 1
+    blocks = [memory.block_tables[piece.row, jnp.minimum(c, last)] for c in columns]
+    return tuple(jnp.clip(block, 0, num_blocks - 1) for block in blocks)
+
+  def step(index: Array, blocks: tuple[Array, ...]) -> tuple[Array, ...]:
+    following = ids(index + 1)  # a tile ahead, so that copies do not wait for it
+    count = piece.done + index - piece.first
+    slot = lax.rem(count, jnp.int32(layer.num_stages))
+
+    @pl.when(count >= layer.num_stages)
+    def _() -> None:
+      plgpu.barrier_wait(ring.free.at[slot])
+
+    part = lax.rem(index, jnp.int32(tiles_per_block))
+    for j, block in enumerate(blocks):
+      first = j * rows_per_copy
+      copy = functools.partial(
+        plgpu.copy_gmem_to_smem,
+        ring.pool.at[block, piece.head, part],
+        ring.tiles.at[slot, pl.ds(first, rows_per_copy)],
+        ring.here.at[slot],
+      )
+      if j == 0:
+        copy()
+      else:  # A dead block is not copied, but counted.
+        is_live = index * _TILE + first < piece.length
+        pl.when(is_live)(copy)
+        pl.when(index * _TILE + first >= piece.length)(
+          functools.partial(plgpu.barrier_arrive, ring.here.at[slot])
+        )
+    return following
+
+  lax.fori_loop(piece.first, piece.last, step, ids(piece.first))
+
+
+def _compute(memory: _Memory, scratch: _Scratch, layer: _Layer, piece: _Piece) -> None:
+  """Attends over the tiles of a piece, and writes its partial result."""
+  columns, v_head_dim = scratch.out.shape
+  row, length = piece.row, piece.length
+  query_len = memory.cu_seqlens[row + 1] - memory.cu_seqlens[row]
+  base = length - query_len  # position of the first query
+  begin = jnp.int32(0)
+  if layer.sliding_window is not None:
+    begin = jnp.maximum(base - (layer.sliding_window - 1), 0)
+  plgpu.copy_gmem_to_smem(memory.q.at[row, piece.head], scratch.q, scratch.q_here)
+  plgpu.barrier_wait(scratch.q_here)
+
+  def step(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    acc, top, total = state
+    count = piece.done + index - piece.first
+    slot = lax.rem(count, jnp.int32(layer.num_stages))
+    keys, values = scratch.k.at[slot], scratch.v.at[slot]
+    plgpu.barrier_wait(scratch.k_here.at[slot])
+    logits = _product(keys, scratch.q.T, (_TILE, columns))
+    plgpu.barrier_arrive(scratch.k_free.at[slot])
+    mask = _mask(logits.shape, index * _TILE, base, length, layer)
+    logits = jnp.where(mask, _scaled(logits, layer), NEG)
+    new_top = jnp.maximum(top, logits.max(axis=0))
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(logits - _spread(new_top, logits.shape))
+    weights = jnp.where(mask, weights, 0.0)
+    # Summed over the tile at the end: until then each thread has sums of its own.
+    total = total * _spread(shrink, total.shape) + weights
+    weights = weights.astype(scratch.weights.dtype)
+    scratch.weights.T[...] = plgpu.layout_cast(weights, _TRANSPOSED)
+    plgpu.barrier_wait(scratch.v_here.at[slot])
+
+    @pl.when((index * _TILE < begin) | ((index + 1) * _TILE > length))
+    def _() -> None:
+      _bury(values, index * _TILE, begin, length)
+
+    plgpu.commit_smem()
+    part = _product(values.T, scratch.weights.T, acc.shape)
+    plgpu.barrier_arrive(scratch.v_free.at[slot])
+    return acc * _spread(shrink, acc.shape) + part, new_top, total
+
+  acc, top, total = lax.fori_loop(
+    piece.first,
+    piece.last,
+    step,
+    (
+      _full((v_head_dim, columns), 0.0, _WGMMA),
+      _full((columns,), NEG, _COLUMNS),
+      _full((_TILE, columns), 0.0, _WGMMA),
+    ),
+  )
+  total = total.sum(axis=0)
+  safe = jnp.where(total == 0.0, 1.0, total)
+  acc = acc / _spread(safe, acc.shape)
+  scratch.out.T[...] = plgpu.layout_cast(acc, _TRANSPOSED)
+  scratch.lse[...] = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(scratch.out, memory.out.at[piece.number, piece.head])
+  plgpu.copy_smem_to_gmem(scratch.lse, memory.lse.at[piece.number, piece.head])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _product(x: _Ref, y: _Ref, shape: tuple[int, ...]) -> Array:
+  def run(result: _Ref) -> Array:
+    plgpu.wgmma(result, x, y)
+    return result[...]
+
+  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def _mask(
+  shape: tuple[int, ...], start: Array, base: Array, length: Array, layer: _Layer
+) -> Array:
+  """Which keys, down a column, its query sees."""
+  iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=_WGMMA)
+  place = iota(dimension=0) + start
+  position = base + lax.div(iota(dimension=1), jnp.int32(layer.group))
+  mask = (place <= position) & (place < length)
+  if layer.sliding_window is not None:
+    mask &= place > position - layer.sliding_window
+  return mask
+
+
+def _bury(values: _Ref, start: Array, begin: Array, length: Array) -> None:
+  """Zeroes what no query sees, in squares, which take the fewest registers."""
+  for column in range(0, values.shape[-1], 64):
+    square = values.at[:, pl.ds(column, 64)]
+    tile = plgpu.load(square, layout=_WGMMA)
+    place = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=_WGMMA) + start
+    is_live = (place >= begin) & (place < length)
+    square[...] = jnp.where(is_live, tile, jnp.zeros_like(tile))
+
+
+def _full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _scaled(logits: Array, layer: _Layer) -> Array:
