@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
+import os
 from pathlib import Path
 import re
 from typing import Any
@@ -29,6 +30,8 @@ _ENTRY = re.compile(
   r"Used (?P<registers>\d+) registers",
   re.DOTALL,
 )
+_SHARED = re.compile(r"smem_scratch_bytes=(\d+)")
+_THREADS = re.compile(r"\.(?:max|req)ntid (\d+)")
 
 
 @contextlib.contextmanager
@@ -88,6 +91,10 @@ class Compiler:
       f'#!/bin/bash\nexec "{root}/bin/ptxas" "$@" -v 2> >(tee -a "{self._log}" >&2)\n'
     )
     script.chmod(0o755)
+    # Mosaic GPU runs an assembler of its own, and asks the environment.
+    (folder / "mosaic").mkdir()
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder / "mosaic")
 
   @functools.cached_property
   def sharding(self) -> SingleDeviceSharding:
@@ -111,8 +118,8 @@ class Compiler:
   ) -> Program:
     """Compiles a function of arguments that have shapes and dtypes."""
     args, kwargs = self.shapes((args, kwargs))
-    dump = self.folder / "dump"
-    for path in (self._log, *dump.glob("*")):
+    dump, mosaic = self.folder / "dump", self.folder / "mosaic"
+    for path in (self._log, *dump.glob("*"), *mosaic.glob("*")):
       path.unlink(missing_ok=True)
     with gpu():
       lowered = jax.jit(run, donate_argnums=donate).trace(*args, **kwargs).lower()
@@ -125,7 +132,7 @@ class Compiler:
     )
     return Program(
       text=compiled.as_text(),
-      kernels=self._kernels(dump),
+      kernels=self._kernels(dump) | _mosaic_kernels(mosaic),
       temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
     )
 
@@ -142,3 +149,20 @@ class Compiler:
       for m in _LAUNCH.finditer(thunks.read_text("utf-8"))
       if m["name"] in entries
     }
+
+
+def _mosaic_kernels(folder: Path) -> dict[str, Kernel]:
+  found = {}
+  for path in folder.glob("*.ptxas"):
+    entry = _ENTRY.search(path.read_text("utf-8"))
+    resources = path.with_suffix(".resources.txt").read_text("utf-8")
+    threads = _THREADS.search(path.with_suffix(".ptx").read_text("utf-8"))
+    shared = _SHARED.search(resources)
+    assert entry and shared and threads, path
+    found[entry["name"]] = Kernel(
+      registers=int(entry["registers"]),
+      spill_bytes=int(entry["spills"]),
+      shared_bytes=int(shared[1]),
+      threads=int(threads[1]),
+    )
+  return found

@@ -15,7 +15,7 @@ from kvcache import CacheConfig, SchedulerConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.nn import as_function
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.paged_attention.arg_specs import ARG_SPECS
+from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 from tests import hlo
 from tests.deviceless import Compiler
 
@@ -71,10 +71,40 @@ def test_kernels_fit_and_spill_nothing(compiler, spec, max_query_len):
   ours = {name: k for name, k in program.kernels.items() if name in MIN_RESIDENT}
   assert len(ours) == (2 if max_query_len else 3)
   for name, kernel in ours.items():
-    print(f"{spec.name} {name} {kernel} resident {resident(kernel)}")
+    least = MIN_RESIDENT[name]
+    if name == "paged_attention_split" and max_query_len and not spec.is_latent:
+      least = 2
     assert kernel.spill_bytes == 0, (name, kernel)
-    assert kernel.shared_bytes <= MAX_SHARED_BYTES, name
-    assert resident(kernel) >= MIN_RESIDENT[name], name
+    assert kernel.shared_bytes <= MAX_SHARED_BYTES, (name, kernel)
+    assert resident(kernel) >= least, (name, kernel)
+  assert not hlo.read(program.text).rewrites(shapes["k"].size)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_resident"),
+  [
+    ("llama-3-8b", 2),
+    ("llama-3-8b block 8", 2),
+    ("llama-3-8b block 128", 2),
+    ("llama-3-8b float16", 2),
+    ("qwen-3-235b-a22b", 1),  # 16 columns
+    ("gpt-oss-120b window", 2),
+    ("gemma-2-9b", 1),  # a head of 256, and a soft cap
+  ],
+)
+def test_the_kernel_for_hopper_fits_and_spills_nothing(compiler, name, num_resident):
+  spec = named(name)
+  shapes = spec.shapes(
+    num_seqs=32, num_blocks=4096, max_blocks=8192 // spec.block_size, num_tokens=32
+  )
+  run = functools.partial(
+    paged_attention, implementation="mosaic", max_query_len=1, **spec.options
+  )
+  program = compiler(run, **shapes)
+  (kernel,) = (k for name, k in program.kernels.items() if "sm90" in name)
+  assert kernel.spill_bytes == 0, kernel
+  assert kernel.shared_bytes <= MAX_SHARED_BYTES, kernel
+  assert resident(kernel) >= num_resident, kernel
   assert not hlo.read(program.text).rewrites(shapes["k"].size)
 
 
@@ -111,7 +141,6 @@ def test_the_loop_of_a_llama_copies_no_pool(compiler):
   elements = CONFIG.num_bytes // 2 // 2
   assert not [str(i) for i in module.rewrites(elements // 2)]
   assert not module.count("conditional")
-  print(program.temp_bytes / CONFIG.num_bytes, program.kernels)
   assert program.temp_bytes < 0.1 * CONFIG.num_bytes
   assert {"paged_attention_split", "paged_attention_fill"} <= program.kernels.keys()
   assert not any(k.spill_bytes for k in program.kernels.values())

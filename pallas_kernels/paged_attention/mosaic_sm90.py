@@ -233,7 +233,7 @@ def _split(
   shape = (queue.rows.size, num_kv_heads, layer.columns)
   num_programs = min(_NUM_PROGRAMS, queue.rows.size * num_kv_heads)
 
-  def kernel(*refs: _Ref) -> None:
+  def paged_attention_sm90(*refs: _Ref) -> None:
     memory, scratch = _Memory(*refs[:12]), _Scratch(*refs[12:])
     each = functools.partial(_each_piece, memory, num_programs=num_programs)
     thread = lax.axis_index("thread")
@@ -258,7 +258,7 @@ def _split(
 
   ring = functools.partial(plgpu.Barrier, num_barriers=layer.num_stages)
   return plgpu.kernel(
-    kernel,
+    paged_attention_sm90,
     out_type=(
       jax.ShapeDtypeStruct((*shape, v_head_dim), jnp.float32),
       jax.ShapeDtypeStruct(shape, jnp.float32),
