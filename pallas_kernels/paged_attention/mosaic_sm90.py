@@ -249,12 +249,12 @@ def _split(
         @pl.when(warp == 0)
         def _() -> None:
           tiles = _Ring(memory.k, scratch.k, scratch.k_here, scratch.k_free)
-          each(functools.partial(_fetch, memory, tiles, layer))
+          _drain(tiles, layer, each(functools.partial(_fetch, memory, tiles, layer)))
 
         @pl.when(warp == 1)
         def _() -> None:
           tiles = _Ring(memory.v, scratch.v, scratch.v_here, scratch.v_free)
-          each(functools.partial(_fetch, memory, tiles, layer))
+          _drain(tiles, layer, each(functools.partial(_fetch, memory, tiles, layer)))
 
   ring = functools.partial(plgpu.Barrier, num_barriers=layer.num_stages)
   return plgpu.kernel(
@@ -302,8 +302,8 @@ def _split(
 
 def _each_piece(
   memory: _Memory, work: Callable[[_Piece], None], *, num_programs: int
-) -> None:
-  """Works off the pieces of this program; all its threads come by here."""
+) -> Array:
+  """Works off the pieces of this program, by every thread; returns all their tiles."""
   program = lax.axis_index("program")
   num_heads = memory.k.shape[1]
   max_len = memory.block_tables.shape[1] * memory.k.shape[2] * memory.k.shape[3]
@@ -327,7 +327,7 @@ def _each_piece(
     )
     return done + (last - first)
 
-  lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))
+  return lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))
 
 
 class _Ring(NamedTuple):
@@ -381,6 +381,16 @@ def _fetch(memory: _Memory, ring: _Ring, layer: _Layer, piece: _Piece) -> None:
     return following
 
   lax.fori_loop(piece.first, piece.last, step, ids(piece.first))
+
+
+def _drain(ring: _Ring, layer: _Layer, count: Array) -> None:
+  """Waits until the last tiles are used, so that no barrier ends in mid-phase."""
+  for back in range(layer.num_stages):
+    tile = count - 1 - back
+
+    @pl.when(tile >= 0)
+    def _(tile: Array = tile) -> None:
+      plgpu.barrier_wait(ring.free.at[lax.rem(tile, jnp.int32(layer.num_stages))])
 
 
 def _compute(memory: _Memory, scratch: _Scratch, layer: _Layer, piece: _Piece) -> None:
