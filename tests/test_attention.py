@@ -48,20 +48,20 @@ def attention64(q, k, v, tables, lengths, starts, sm_scale):
 class Batch:
   """Arrays of one call, in the layout asked for."""
 
-  def __init__(self, group, *, chunks, seed=0, dtype=jnp.float32):
+  def __init__(self, group, *, chunks, seed=0, dtype=jnp.float32, head_dim=D):
     """`chunks` None is the decode layout: one token for each row."""
     rng = np.random.default_rng(seed)
     self.lengths = np.array(LENGTHS, np.int32)
     self.tables = np.zeros((S, P), np.int32)
     ids = rng.permutation(np.arange(1, N)).astype(np.int32)
-    pools = np.full((2, N, K, BLOCK, D), np.nan, np.float32)
+    pools = np.full((2, N, K, BLOCK, head_dim), np.nan, np.float32)
     for row, length in enumerate(LENGTHS):
       num = -(-length // BLOCK)
       mine, ids = ids[:num], ids[num:]
       self.tables[row, :num] = mine
       self.tables[row, num:] = rng.integers(N, size=P - num)
       for t in range(length):
-        pools[:, mine[t // BLOCK], :, t % BLOCK] = rng.normal(size=(2, K, D))
+        pools[:, mine[t // BLOCK], :, t % BLOCK] = rng.normal(size=(2, K, head_dim))
     decode = chunks is None
     self.query_lens = np.minimum(LENGTHS, 1) if decode else np.array(chunks)
     if decode:
@@ -71,7 +71,7 @@ class Batch:
       self.starts = np.append(0, np.cumsum(self.query_lens)).astype(np.int32)
       self.lengths = np.where(self.query_lens > 0, self.lengths, 0).astype(np.int32)
       live = np.arange(T) < self.starts[-1]
-    q = rng.normal(size=(live.size, K * group, D))
+    q = rng.normal(size=(live.size, K * group, head_dim))
     q = np.where(live[:, None, None], q, np.nan)  # padding is never looked at
     self.q, self.k, self.v = (jnp.asarray(x, dtype) for x in (q, *pools))
     self.max_query_len = 1 if decode else None

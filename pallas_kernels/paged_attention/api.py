@@ -1,11 +1,16 @@
 """The public paged attention operation; picks an implementation by name."""
 
-from jax import Array
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax import Array, lax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import xla
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 
 
 def paged_attention(
@@ -58,7 +63,9 @@ def paged_attention(
     v_head_dim: `Dv` where `v` is None.
     return_lse: Whether to return the logarithm of the softmax's denominator too, with
       which partial results can be merged.
-    implementation: `"xla"`, or None for the best that can serve.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), `"mosaic"` (a
+      Hopper GPU, few queries per row), or None for the best that can serve: on a GPU
+      Triton if it can, else XLA.
 
   Returns:
     `out [T, H, Dv]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`. With
@@ -83,17 +90,8 @@ def paged_attention(
     raise ValueError("sliding_window needs is_causal")
   if logits_soft_cap is not None and not logits_soft_cap > 0:
     raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(
-      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
-    )
-  out, lse = xla.paged_attention(
-    q,
-    k,
-    v,
-    block_tables,
-    seq_lens,
-    cu_seqlens,
+  arguments = (q, k, v, block_tables, seq_lens, cu_seqlens)
+  options = dict(
     sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
     max_query_len=max_query_len,
     is_causal=is_causal,
@@ -104,7 +102,49 @@ def paged_attention(
     v_scale=v_scale,
     v_head_dim=v_head_dim or (k if v is None else v).shape[-1],
   )
+  out, lse = _run(implementation, arguments, options)
   return (out, lse) if return_lse else out
+
+
+def _run(
+  implementation: str | None, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Array, Array]:
+  """Runs the implementation of that name, or the best that can serve."""
+  fallback = functools.partial(xla.paged_attention, *arguments, **options)
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise NotImplementedError(
+      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
+    )
+  if implementation == "xla" or (implementation is None and _platform() != "gpu"):
+    return fallback()
+  backend = _backend(implementation or "triton")
+  reason = backend.why_not(*arguments[:3], **options)
+  if implementation is None:
+    if reason is not None:
+      return fallback()
+    # A program for another platform, such as the host's, is lowered to XLA.
+    best = functools.partial(backend.paged_attention, *arguments, **options)
+    return lax.platform_dependent(cuda=best, default=fallback)
+  if _platform() != "gpu":
+    reason = f"it needs a GPU, and programs are for {_platform()}"
+  if reason is not None:
+    raise NotImplementedError(f"implementation {implementation!r}: {reason}")
+  return backend.paged_attention(*arguments, **options)
+
+
+def _platform() -> str:
+  """What programs are traced for, as far as one can know before they are lowered."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _backend(name: str) -> ModuleType:
+  """Imported where a GPU is: it takes a moment, and one day jax will drop Triton."""
+  if name == "triton":
+    from pallas_kernels.paged_attention import triton as backend
+  else:
+    from pallas_kernels.paged_attention import mosaic_sm90 as backend
+  return backend
 
 
 def _check_values(k: Array, v: Array | None, v_head_dim: int | None) -> None:
