@@ -8,6 +8,7 @@ device's own copy bandwidth and matmul rate. A case that fails is a row that say
 import argparse
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import sys
@@ -18,12 +19,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from benchmarks import report
+from benchmarks import gpu_peers, report
 from benchmarks.gpu_batch import Batch, make_batch, run_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec, named
 
 ROOT = Path(__file__).parent
-IMPLEMENTATIONS = ("triton",)
+IMPLEMENTATIONS = ("triton", "mosaic")
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
 L2_BYTES = 256 << 20
 """Loops go round as much memory as no cache holds."""
@@ -140,7 +141,7 @@ def check(sizes: Sizes, *, interpret: bool) -> Iterator[Row]:
       batch = make_batch(spec, rows, is_decode=is_decode)
       exact = batch.in_float32()
       want, want_lse = jax.jit(run_attention(exact, "xla"))(exact.arrays)
-      for by in IMPLEMENTATIONS:
+      for by in _implementations(interpret=interpret):
         try:
           run = jax.jit(run_attention(batch, by, interpret=interpret))
           out, lse = run(batch.arrays)
@@ -199,19 +200,17 @@ def measure_device(sizes: Sizes) -> tuple[Row, Row]:
 
 
 def attention_seconds(
-  batch: Batch, by: str, sizes: Sizes, *, interpret: bool = False
+  batch: Batch, arrays: Any, run: Callable[[Any], Any], sizes: Sizes
 ) -> float:
   """Time of one call; each call of the loop reads another part of the pool."""
-  run = run_attention(batch, by, interpret=interpret)
-  arrays = batch.arrays
 
   def body(index: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
     arrays, total = state
     shift = lax.rem(index, batch.num_copies) * batch.blocks_per_copy
     tables = arrays["block_tables"] + shift
-    out, lse = run({**arrays, "block_tables": tables})
-    # The results are used, so that no call is left out.
-    return arrays, total + out.astype(jnp.float32).ravel()[0] + lse.ravel()[0]
+    out = jax.tree.leaves(run({**arrays, "block_tables": tables}))[0]
+    # The result is used, so that no call is left out.
+    return arrays, total + out.astype(jnp.float32).ravel()[0]
 
   return loop_seconds(body, (arrays, jnp.float32(0)), sizes.seconds)
 
@@ -225,11 +224,15 @@ def time_decode(sizes: Sizes, copy: Row, *, interpret: bool) -> Iterator[Row]:
     rows = [(length, 1) for length in lengths]
     seen = [min(n, spec.sliding_window or n) for n in lengths]
     num_bytes = sum(seen) * spec.bytes_per_token
-    for by in IMPLEMENTATIONS:
+    copies = 1 if interpret else max(1, -(-L2_BYTES // num_bytes))
+    try:
+      batch = make_batch(spec, rows, is_decode=True, num_copies=copies)
+    except Exception as problem:  # of memory
+      yield _failed("decode", what, "", problem)
+      continue
+    for by, make in _candidates(batch, interpret=interpret):
       try:
-        copies = 1 if interpret else max(1, -(-L2_BYTES // num_bytes))
-        batch = make_batch(spec, rows, is_decode=True, num_copies=copies)
-        seconds = attention_seconds(batch, by, sizes, interpret=interpret)
+        seconds = attention_seconds(batch, *make(), sizes)
         rate = num_bytes / seconds / 1e9
         yield Row(
           section="decode",
@@ -240,7 +243,7 @@ def time_decode(sizes: Sizes, copy: Row, *, interpret: bool) -> Iterator[Row]:
           share=rate / (copy.rate or 1.0),
         )
       except Exception as problem:
-        yield _failed("decode", what, by, problem)
+        yield _failed("decode", what, by, problem, is_bad=by in IMPLEMENTATIONS)
 
 
 def time_prefill(sizes: Sizes, matmul: Row, *, interpret: bool) -> Iterator[Row]:
@@ -248,10 +251,11 @@ def time_prefill(sizes: Sizes, matmul: Row, *, interpret: bool) -> Iterator[Row]
   spec = sizes.specs[0]
   for length in sizes.prefill:
     what = f"{spec.name}, {length} tokens"
-    for by in IMPLEMENTATIONS:
+    for by in _implementations(interpret=interpret):
       try:
         batch = make_batch(spec, [(length, length)], is_decode=False)
-        seconds = attention_seconds(batch, by, sizes, interpret=interpret)
+        run = run_attention(batch, by, interpret=interpret)
+        seconds = attention_seconds(batch, batch.arrays, run, sizes)
         flops = 2 * length * length * spec.num_heads * spec.head_dim
         rate = flops / seconds / 1e12
         yield Row(
@@ -317,9 +321,30 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(f"{len(bad)} of {len(rows)} rows are wrong or failed: {', '.join(bad)}")
 
 
-def _failed(section: str, what: str, by: str, problem: Exception) -> Row:
+def _implementations(*, interpret: bool) -> tuple[str, ...]:
+  """What is compared and timed; Mosaic has an interpreter of its own, and tests."""
+  return tuple(by for by in IMPLEMENTATIONS if not (interpret and by == "mosaic"))
+
+
+def _candidates(
+  batch: Batch, *, interpret: bool
+) -> Iterator[tuple[str, Callable[[], tuple[Any, Callable[[Any], Any]]]]]:
+  """What is timed on a batch: name, and how to make arrays and a function of them."""
+  for by in _implementations(interpret=interpret):
+    run = run_attention(batch, by, interpret=interpret)
+    yield by, functools.partial(lambda run: (batch.arrays, run), run)
+  if not interpret:
+    yield from gpu_peers.serving(batch)
+
+
+def _failed(
+  section: str, what: str, by: str, problem: Exception, *, is_bad: bool = True
+) -> Row:
+  """A row without a number; that something is not served is no failure."""
   text = f"{type(problem).__name__}: {problem}".replace("\n", " ").replace("|", "/")
-  return Row(section=section, what=what, by=by, error=text[:200], is_bad=True)
+  if isinstance(problem, NotImplementedError):
+    text, is_bad = f"not served: {problem}", False
+  return Row(section=section, what=what, by=by, error=text[:200], is_bad=is_bad)
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -5,9 +5,10 @@ import json
 import jax
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_peers
 from benchmarks.gpu_batch import make_batch
-from pallas_kernels.paged_attention.arg_specs import ARG_SPECS
+from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
+from tests import deviceless
 
 
 def test_a_dry_run_checks_times_and_writes_a_table(tmp_path, monkeypatch, capsys):
@@ -37,10 +38,40 @@ def test_a_wrong_result_ends_the_run_with_an_error(tmp_path, monkeypatch):
     gpu.main(["--dry-run", "--out", str(tmp_path)])
 
 
-def test_a_failure_is_a_row(monkeypatch):
-  monkeypatch.setattr(gpu, "IMPLEMENTATIONS", ("nonsense",))
-  rows = list(gpu.check(gpu.TINY, interpret=False))
-  assert all(row.is_bad and "NotImplementedError" in row.error for row in rows)
+@pytest.mark.parametrize(
+  ("problem", "is_bad"), [(NotImplementedError("never"), False), (KeyError("x"), True)]
+)
+def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, is_bad):
+  def fail(arrays):
+    raise problem
+
+  def run_attention(batch, by, interpret=False):
+    return exact(batch, by) if by == "xla" else fail
+
+  exact = gpu.run_attention
+  monkeypatch.setattr(gpu, "run_attention", run_attention)
+  rows = list(gpu.check(gpu.TINY, interpret=True))
+  assert [row.is_bad for row in rows] == [is_bad] * 2
+  assert all(("not served: never" in row.error) != is_bad for row in rows)
+
+
+def test_peers_serve_plain_decode_steps_alone():
+  def names(name, **settings):
+    batch = make_batch(named(name), [(5, 1)], **settings)
+    return [peer for peer, _ in gpu_peers.serving(batch)]
+
+  assert names("llama-3-8b", is_decode=True) == ["jax paged_attention", "cuDNN"]
+  assert names("llama-3-8b", is_decode=False) == []
+  for name in ("llama-3-8b fp8", "gpt-oss-120b full", "deepseek-v3 tp8"):
+    assert names(name, is_decode=True) == []
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
+def test_peers_are_lowered_or_say_why_not():
+  batch = make_batch(named("llama-3-8b"), [(200, 1), (64, 1)], is_decode=True)
+  make = dict(gpu_peers.serving(batch))["jax paged_attention"]
+  arrays, run = make()
+  assert "triton" in deviceless.lower(run, arrays).as_text()
 
 
 def test_without_a_gpu_it_says_so():

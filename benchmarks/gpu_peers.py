@@ -1,0 +1,90 @@
+"""What others offer for the same decode step, as far as it imports and serves here.
+
+Each peer is a function of a batch's arrays, made once for the batch: pools that it
+wants in another layout are copied before the clock starts. None of them is needed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu_batch import Arrays, Batch
+
+Run = Callable[[Arrays], jax.Array]
+
+
+def jax_triton(batch: Batch) -> tuple[Arrays, Run]:
+  """jax's own `paged_attention`, deprecated; pools `[K, N, block_size, D]`."""
+  from jax.experimental.pallas.ops.gpu import paged_attention as module
+
+  arrays = batch.arrays
+  pools = {name: jnp.swapaxes(arrays[name], 0, 1) for name in ("k", "v")}
+  scale = batch.spec.sm_scale or batch.spec.head_dim**-0.5
+
+  # Its 16 splits are of equal size, and from 8 blocks on of whole eights.
+  columns = arrays["block_tables"].shape[1]
+  padding = -columns % (16 if columns < 128 else 128)
+  tables = jnp.pad(arrays["block_tables"], ((0, 0), (0, padding)))
+
+  def run(arrays: Arrays) -> jax.Array:
+    # It scales nothing itself.
+    return module.paged_attention(
+      arrays["q"] * jnp.asarray(scale, arrays["q"].dtype),
+      arrays["k"],
+      arrays["v"],
+      arrays["block_tables"],
+      arrays["seq_lens"],
+      attn_logits_soft_cap=batch.spec.logits_soft_cap,
+    )
+
+  return arrays | pools | {"block_tables": tables}, run
+
+
+def cudnn(batch: Batch) -> tuple[Arrays, Run]:
+  """cuDNN's paged attention, through an entry of jax that is private."""
+  from jax._src.cudnn import fused_attention_stablehlo as module
+
+  scale = batch.spec.sm_scale or batch.spec.head_dim**-0.5
+
+  def run(arrays: Arrays) -> jax.Array:
+    tables = arrays["block_tables"][:, None, :, None]
+    ones = jnp.ones_like(arrays["seq_lens"])
+    out = module.paged_attention(
+      arrays["q"][:, :, None],  # BNTH
+      arrays["k"],
+      arrays["v"],
+      ones,
+      arrays["seq_lens"],
+      tables,
+      tables,
+      scale=scale,
+      mask_type=module.MaskType.PADDING,
+      qkv_layout="BNTH",
+    )
+    return out[:, :, 0]
+
+  return batch.arrays, run
+
+
+PEERS = {"jax paged_attention": jax_triton, "cuDNN": cudnn}
+
+
+def serving(batch: Batch) -> Iterator[tuple[str, Callable[[], tuple[Arrays, Run]]]]:
+  """Names of the peers that say they can serve a batch, and how to make them."""
+  spec = batch.spec
+  is_plain = spec.kv_dtype is None and not spec.is_latent and not spec.has_sinks
+  if not is_plain or spec.sliding_window or batch.max_query_len != 1:
+    return
+  for name, make in PEERS.items():
+    if name == "cuDNN" and spec.logits_soft_cap:
+      continue
+
+    def quiet(make: Any = make) -> tuple[Arrays, Run]:
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return make(batch)
+
+    yield name, quiet
