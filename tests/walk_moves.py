@@ -241,7 +241,7 @@ PHASES = {
 }
 
 
-_PUBLISHING = {"admit", "admit_few", "fork", "finish", "reset_keep"}
+_PUBLISHING = {"admit", "admit_few", "fork", "handoff", "finish", "reset_keep"}
 
 
 def script(config: WalkConfig, rng: np.random.Generator) -> Iterator[str]:
