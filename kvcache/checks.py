@@ -16,8 +16,10 @@ from jax.experimental import checkify
 import jax.numpy as jnp
 
 from kvcache import ragged, windows
+from kvcache.blocks import BlockPool
 from kvcache.context import Context
 from kvcache.errors import InvariantError
+from kvcache.ring import EvictionRing
 from kvcache.state_rows import StateRows
 from kvcache.windows import WindowBlocks
 
@@ -30,19 +32,9 @@ def invariants(ctx: Context) -> dict[str, Array]:
   usable = block > 0
   refs = pool.ref_counts
 
-  free = (block < pool.num_free) & True
-  free_ids = jnp.where(free, pool.free_list, 0)
-  in_range = (free_ids > 0) & (free_ids < config.num_blocks)
-  at = ragged.masked(jnp.clip(free_ids, 0, config.num_blocks), free, config.num_blocks)
-  times_free = jnp.zeros_like(refs).at[at].add(1, mode="drop")
-  held["num_free is between 0 and N - 1"] = (pool.num_free >= 0) & (
-    pool.num_free < config.num_blocks
-  )
-  held["free ids are in range"] = jnp.all(in_range | ~free)
-  held["free ids are distinct"] = jnp.all(times_free <= 1)
-  is_free = times_free > 0
+  is_free = _times_free(pool) > 0
+  held |= _pool_invariants(pool)
   is_cached = index.way_of > 0
-  held["free blocks have no references"] = ~jnp.any(is_free & (refs != 0))
   kinds = (
     is_free.astype(jnp.int32)
     + (is_cached & (refs == 0)).astype(jnp.int32)
@@ -132,15 +124,8 @@ def invariants(ctx: Context) -> dict[str, Array]:
   held["equal full prefixes have one block"] = _no_twins(ctx, is_cached)
 
   ring = index.ring
+  held |= _ring_invariants(ring, is_cached & (refs == 0))
   waits = ring.queue_pos > 0
-  slot = jnp.clip(ring.queue_pos - 1, 0, ring.size - 1)
-  held["exactly the cached blocks that nobody holds are in the ring"] = jnp.all(
-    waits == (is_cached & (refs == 0))
-  )
-  held["num_evictable counts them"] = index.num_evictable == ragged.sum_int(waits)
-  held["ring entries name their blocks"] = jnp.all(
-    ~waits | ((ring.queue[slot] == block) & (slot >= ring.head) & (slot < ring.tail))
-  )
   held["in the ring a child stands before its parent"] = jnp.all(
     ~(waits & has_parent & waits[parent]) | (ring.queue_pos < ring.queue_pos[parent])
   )
@@ -149,25 +134,61 @@ def invariants(ctx: Context) -> dict[str, Array]:
     pool.num_free + index.num_evictable + in_use == config.num_blocks - 1
   )
   if ctx.state_rows is not None:
-    held |= _state_invariants(ctx, ctx.state_rows, is_free)
+    for sentence, holds in _state_invariants(ctx, ctx.state_rows, is_free).items():
+      held[f"states: {sentence}"] = holds
   for window in ctx.windows:
     for sentence, holds in _window_invariants(ctx, window).items():
       held[f"sliding window of {window.sliding_window}: {sentence}"] = holds
   return held
 
 
+def _pool_invariants(pool: BlockPool) -> dict[str, Array]:
+  listed = jnp.arange(pool.num_blocks, dtype=jnp.int32) < pool.num_free
+  in_range = (pool.free_list > 0) & (pool.free_list < pool.num_blocks)
+  times_free = _times_free(pool)
+  return {
+    "num_free is between 0 and N - 1": (pool.num_free >= 0)
+    & (pool.num_free < pool.num_blocks),
+    "free ids are in range": jnp.all(in_range | ~listed),
+    "free ids are distinct": jnp.all(times_free <= 1),
+    "free blocks have no references": ~jnp.any(
+      (times_free > 0) & (pool.ref_counts > 0)
+    ),
+  }
+
+
+def _times_free(pool: BlockPool) -> Array:
+  """`[N]` int32: how often the free list names each block."""
+  listed = jnp.arange(pool.num_blocks, dtype=jnp.int32) < pool.num_free
+  ids = jnp.clip(pool.free_list, 0, pool.num_blocks)
+  at = ragged.masked(ids, listed, pool.num_blocks)
+  return jnp.zeros_like(pool.ref_counts).at[at].add(1, mode="drop")
+
+
+def _ring_invariants(ring: EvictionRing, belongs: Array) -> dict[str, Array]:
+  """Args: the ring, and `[N]` bool, what is to be in it."""
+  waits = ring.queue_pos > 0
+  slot = jnp.clip(ring.queue_pos - 1, 0, ring.size - 1)
+  block = jnp.arange(waits.shape[0], dtype=jnp.int32)
+  is_named = (ring.queue[slot] == block) & (slot >= ring.head) & (slot < ring.tail)
+  return {
+    "exactly what is cached and held by nobody is in the ring": jnp.all(
+      waits == belongs
+    ),
+    "num_evictable counts it": ring.num_waiting == ragged.sum_int(waits),
+    "ring entries name their blocks": jnp.all(~waits | is_named),
+  }
+
+
 def _window_invariants(ctx: Context, window: WindowBlocks) -> dict[str, Array]:
-  held: dict[str, Array] = {}
-  table, index, pool, ring = ctx.sequences, ctx.prefix, window.pool, window.ring
+  table, index, pool = ctx.sequences, ctx.prefix, window.pool
   num, refs = window.num_blocks, window.pool.ref_counts
   block = jnp.arange(num, dtype=jnp.int32)
-  listed = block < pool.num_free
-  free_ids = jnp.clip(pool.free_list, 0, num - 1)
-  at = ragged.masked(free_ids, listed, num)
-  times_free = jnp.zeros_like(refs).at[at].add(1, mode="drop")
   is_attached = window.owner_ids > 0
+  held = _pool_invariants(pool)
+  held |= _ring_invariants(window.ring, is_attached & (refs == 0))
   kinds = (
-    times_free
+    _times_free(pool)
     + (is_attached & (refs == 0)).astype(jnp.int32)
     + (refs > 0).astype(jnp.int32)
   )
@@ -199,31 +220,19 @@ def _window_invariants(ctx: Context, window: WindowBlocks) -> dict[str, Array]:
   held["who holds an attached block holds its owner in that column"] = jnp.all(
     ~used | ~is_attached[safe] | (owner[safe] == table.block_tables)
   )
-  waits = ring.queue_pos > 0
-  held["exactly the attached blocks that nobody holds are in the ring"] = jnp.all(
-    waits == (is_attached & (refs == 0))
-  ) & (ring.num_waiting == ragged.sum_int(waits))
-  slot = jnp.clip(ring.queue_pos - 1, 0, ring.size - 1)
-  held["ring entries name their blocks"] = jnp.all(
-    ~waits | ((ring.queue[slot] == block) & (slot >= ring.head) & (slot < ring.tail))
-  )
   return held
 
 
 def _state_invariants(
   ctx: Context, rows: StateRows, is_free_block: Array
 ) -> dict[str, Array]:
-  held: dict[str, Array] = {}
   table, config, pool = ctx.sequences, ctx.config, rows.pool
   state = jnp.arange(config.num_states, dtype=jnp.int32)
-  listed = state < pool.num_free
-  free_ids = jnp.clip(pool.free_list, 0, config.num_states - 1)
-  at = ragged.masked(free_ids, listed, config.num_states)
-  times_free = jnp.zeros_like(state).at[at].add(1, mode="drop")
+  held = _pool_invariants(pool)
   own = jnp.clip(rows.state_ids, 0, config.num_states - 1)
   times_live = jnp.zeros_like(state).at[own].add((own > 0).astype(own.dtype))
   is_snapshot = rows.block_ids > 0
-  times = times_free + times_live + is_snapshot.astype(jnp.int32)
+  times = _times_free(pool) + times_live + is_snapshot.astype(jnp.int32)
   held["every state is free, live in one row, or the snapshot of one block"] = jnp.all(
     jnp.where(state == 0, times == times_live, times == 1)
   )

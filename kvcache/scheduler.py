@@ -141,10 +141,13 @@ def running(ctx: Context, requests: Requests) -> Batch:
 
 def num_available(ctx: Context) -> Array:
   """`[]` int32: blocks that are free or can be made so by eviction, in every pool."""
-  num = ctx.pool.num_free + ctx.prefix.num_evictable
-  for window in ctx.windows:
-    num = jnp.minimum(num, window.pool.num_free + window.ring.num_waiting)
-  return num
+  return jnp.min(_num_reachable(ctx))
+
+
+def _num_reachable(ctx: Context) -> Array:
+  """`[1 + W]` int32: free and evictable blocks of the context and of each window."""
+  main = ctx.pool.num_free + ctx.prefix.num_evictable
+  return jnp.stack([main, *(w.pool.num_free + w.ring.num_waiting for w in ctx.windows)])
 
 
 def needs_block(ctx: Context, mask: Array) -> Array:
@@ -255,15 +258,15 @@ def _admit(
   # Every running row may need one block more soon; a lone request may take the whole
   # pool.
   num_live = ragged.sum_int(ctx.sequences.is_active)
-  budget = ctx.pool.num_free + ctx.prefix.num_evictable - num_live
-  is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, num_live)
+  budgets = _num_reachable(ctx) - num_live
+  is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, budgets[1:])
   waits |= is_crowded
   ctx, admission = lifecycle.admit_published(
     ctx,
     prompts,
     jnp.where(waits, 0, lengths),
     namespace=requests.namespaces[candidates],
-    block_budget=budget,
+    block_budget=budgets[0],
   )
   asked = is_candidate & ~waits
   admitted = asked & (admission.status == Status.OK)
@@ -287,14 +290,13 @@ def _admit(
   return ctx, requests, jnp.any(lacks_blocks) | (num_preempted > 0)
 
 
-def _windows_fit(ctx: Context, lengths: Array, mask: Array, num_live: Array) -> Array:
-  """`[A]` bool: prompts in `mask` whose windows fit into every pool, in order."""
+def _windows_fit(ctx: Context, lengths: Array, mask: Array, budgets: Array) -> Array:
+  """`[A]` bool: prompts in `mask` whose windows fit into `budgets [W]`, in order."""
   fits = jnp.ones_like(mask)
-  for window in ctx.windows:
+  for i, window in enumerate(ctx.windows):
     num_blocks = (lengths + (ctx.config.block_size - 1)) // ctx.config.block_size
     need = jnp.where(mask, jnp.minimum(num_blocks, window.num_columns), 0)
-    budget = window.pool.num_free + window.ring.num_waiting - num_live
-    fits &= ragged.first_come(need, budget)[1]
+    fits &= ragged.first_come(need, budgets[i])[1]
   return fits
 
 

@@ -262,12 +262,12 @@ def twins(ctx):
 # The ring.
 
 
-@breaks("exactly the cached blocks that nobody holds are in the ring")
+@breaks("exactly what is cached and held by nobody is in the ring")
 def held_in_the_ring(ctx):
   return change(ctx, "prefix.ring", queue={1: 6}, queue_pos={1: 0, 6: 2})
 
 
-@breaks("num_evictable counts them", "capacity is conserved")
+@breaks("num_evictable counts it", "capacity is conserved")
 def miscounted(ctx):
   return change(ctx, "prefix.ring", num_waiting=3)
 
@@ -344,8 +344,8 @@ def test_one_broken_context_of_a_fleet_is_found():
   fleet = [sound(), sound(), sound()]
   for broken in (None, 1):
     if broken is not None:
-      fleet[broken] = broken_context("num_evictable counts them")
+      fleet[broken] = broken_context("num_evictable counts it")
     error, _ = check(jax.tree.map(lambda *leaves: jnp.stack(leaves), *fleet))
     message = error.get()
     assert (message is None) == (broken is None)
-  assert "num_evictable counts them" in message
+  assert "num_evictable counts it" in message
