@@ -22,7 +22,6 @@ def make(
   config: CacheConfig, stores: Sequence[KVStore], metadata: StepMetadata
 ) -> tuple[Plan | None, ...]:
   """The plan of each of `config.groups`; None where there is nothing to plan."""
-  plans: dict[tuple[object, ...], Plan | None] = {}
 
   def plan(store: KVStore, sliding_window: int | None) -> Plan | None:
     # Without touching the arrays, of which a view would be a copy outside of jit.
@@ -31,19 +30,16 @@ def make(
       for x in (store.k, store.v)
     )
     assert k is not None
-    key = (k, v, sliding_window)
-    if key not in plans:  # groups that differ in what does not matter here
-      plans[key] = paged_attention.plan(
-        k,
-        v,
-        metadata.seq_lens,
-        metadata.cu_seqlens,
-        num_tokens=metadata.num_tokens,
-        max_blocks=metadata.block_tables.shape[-1],
-        max_query_len=1 if metadata.is_decode else None,
-        sliding_window=sliding_window,
-      )
-    return plans[key]
+    return paged_attention.plan(
+      k,
+      v,
+      metadata.seq_lens,
+      metadata.cu_seqlens,
+      num_tokens=metadata.num_tokens,
+      max_blocks=metadata.block_tables.shape[-1],
+      max_query_len=1 if metadata.is_decode else None,
+      sliding_window=sliding_window,
+    )
 
   return tuple(
     plan(store, group.layer.sliding_window)
