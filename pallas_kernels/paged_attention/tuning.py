@@ -8,7 +8,7 @@ Settings decide in which order sums are taken, so they depend on static shapes a
 the kind of device alone: never on what is in a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -47,8 +47,8 @@ class Settings:
   num_warps: int | None = None
 
 
-_trial: contextvars.ContextVar[tuple[str, Settings] | None] = contextvars.ContextVar(
-  "trial", default=None
+_trial: contextvars.ContextVar[tuple[str, Mapping[str, int]]] = contextvars.ContextVar(
+  "trial", default=("", {})
 )
 
 
@@ -67,17 +67,17 @@ def settle(kernel: str, k: Array, v: Array | None, default: Settings) -> Setting
     v: `[N, K, block_size, Dv]`, or None for latent keys.
     default: Where nothing was measured.
   """
-  trial = _trial.get()
-  if trial is not None and trial[0] == kernel:
-    return trial[1]
-  classes = measured().get(device.kind(), {}).get(kernel, {})
-  return dataclasses.replace(default, **classes.get(shape_class(k, v), {}))
+  tried, changes = _trial.get()
+  if tried != kernel:
+    classes = measured().get(device.kind(), {}).get(kernel, {})
+    changes = classes.get(shape_class(k, v), {})
+  return dataclasses.replace(default, **changes)
 
 
 @contextlib.contextmanager
-def trying(kernel: str, settings: Settings) -> Iterator[None]:
-  """Within, a kernel that is traced is set up like this."""
-  token = _trial.set((kernel, settings))
+def trying(kernel: str, changes: Mapping[str, int]) -> Iterator[None]:
+  """Within, a kernel that is traced is set up by its rules but for some fields."""
+  token = _trial.set((kernel, changes))
   try:
     yield
   finally:
