@@ -24,6 +24,8 @@ DEVICE = AbstractDevice(
 A100 = AbstractDevice(
   device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"
 )
+L4 = AbstractDevice(device_kind="NVIDIA L4", num_cores=58, platform="gpu")
+_NAMES = {DEVICE: "h100", A100: "a100", L4: "l4"}
 _LAUNCH = re.compile(
   r"kCustomKernel .*\] (?P<name>\S+) grid: \[.*\] threads: \[(?P<threads>\d+), 1, 1\]"
   r" +shared_memory: (?P<shared>\d+) bytes"
@@ -82,7 +84,7 @@ class Program:
 
 
 class Compiler:
-  """Compiles for an H100 or an A100, and reads what the assembler says."""
+  """Compiles for a GPU, an H100 if not said, and reads what the assembler says."""
 
   def __init__(self, folder: Path, *, device: AbstractDevice = DEVICE):
     """Works in a folder of its own."""
@@ -107,7 +109,7 @@ class Compiler:
   @functools.cached_property
   def sharding(self) -> SingleDeviceSharding:
     """Of arguments: all on the one device."""
-    name = "a100" if self.device is A100 else "h100"
+    name = _NAMES[self.device]
     topology = topologies.get_topology_desc(
       platform="cuda",
       topology_name=name,

@@ -147,18 +147,40 @@ def test_the_loop_of_a_llama_copies_no_pool(compiler):
   assert not any(k.spill_bytes for k in program.kernels.values())
 
 
-@pytest.mark.parametrize("name", ["llama-3-8b fp8", "deepseek-v3 tp8 fp8"])
-def test_float8_is_read_by_a_gpu_that_does_not_know_it(compiler, tmp_path, name):
+@pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+  ("device", "names", "max_shared_bytes"),
+  [
+    # Without instructions for float8.
+    (deviceless.A100, ("llama-3-8b fp8", "deepseek-v3 tp8 fp8"), 163 << 10),
+    # Programs may have less than half the shared memory.
+    (deviceless.L4, ("llama-3-8b", "gemma-2-9b", "deepseek-v3 tp8"), 99 << 10),
+  ],
+  ids=["A100", "L4"],
+)
+def test_other_gpus_are_served(
+  compiler, tmp_path, device, names, max_shared_bytes, max_query_len
+):
   del compiler  # which leaves the cache of programs alone
-  spec = named(name)
-  shapes = spec.shapes(num_seqs=32, num_blocks=4096, max_blocks=128, num_tokens=32)
-  run = functools.partial(
-    paged_attention, implementation="triton", max_query_len=1, **spec.options
-  )
-  program = Compiler(tmp_path, device=deviceless.A100)(run, **shapes)
-  kernel = program.kernels["paged_attention_split"]
-  assert kernel.spill_bytes == 0, kernel
-  assert kernel.shared_bytes <= 163 << 10, kernel
+  compile_for = Compiler(tmp_path, device=device)
+  for name in names:
+    spec = named(name)
+    num_tokens = 32 if max_query_len else 1024
+    shapes = spec.shapes(
+      num_seqs=32, num_blocks=4096, max_blocks=128, num_tokens=num_tokens
+    )
+    run = functools.partial(
+      paged_attention,
+      implementation="triton",
+      max_query_len=max_query_len,
+      **spec.options,
+    )
+    kernels = compile_for(run, **shapes).kernels
+    ours = [kernel for by, kernel in kernels.items() if by in MIN_RESIDENT]
+    assert len(ours) == (2 if max_query_len else 3)
+    for kernel in ours:
+      assert kernel.spill_bytes == 0, (name, kernel)
+      assert kernel.shared_bytes <= max_shared_bytes, (name, kernel)
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b fp8", "llama-3-8b int8"])

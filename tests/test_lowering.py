@@ -5,6 +5,7 @@ power of two, layouts that do not fit, and too much shared memory.
 """
 
 import functools
+import types
 
 import jax
 import pytest
@@ -76,29 +77,37 @@ def test_float8_is_served_by_gpus_that_do_not_know_it(name):
 
 
 @pytest.mark.parametrize(
-  ("kind", "has_float8"),
+  ("kind", "has_float8", "kilobytes"),
   [
-    ("NVIDIA A100-SXM4-80GB", False),
-    ("NVIDIA A10G", False),
-    ("NVIDIA GeForce RTX 3090", False),
-    ("Tesla V100-SXM2-16GB", False),
-    ("NVIDIA RTX A6000", False),
-    ("NVIDIA H100 80GB HBM3", True),
-    ("NVIDIA H200", True),
-    ("NVIDIA GH200 480GB", True),
-    ("NVIDIA B200", True),
-    ("NVIDIA L4", True),
-    ("NVIDIA L40S", True),
-    ("NVIDIA GeForce RTX 4090", True),
-    ("NVIDIA GeForce RTX 5090", True),
-    ("NVIDIA RTX 6000 Ada Generation", True),
-    ("unheard of", False),
+    ("NVIDIA A100-SXM4-80GB", False, 163),
+    ("NVIDIA A10G", False, 99),
+    ("NVIDIA GeForce RTX 3090", False, 99),
+    ("NVIDIA RTX A6000", False, 99),
+    ("NVIDIA H100 80GB HBM3", True, 227),
+    ("NVIDIA H200", True, 227),
+    ("NVIDIA GH200 480GB", True, 227),
+    ("NVIDIA B200", True, 227),
+    ("NVIDIA L4", True, 99),
+    ("NVIDIA L40S", True, 99),
+    ("NVIDIA GeForce RTX 4090", True, 99),
+    ("NVIDIA GeForce RTX 5090", True, 99),
+    ("NVIDIA RTX 6000 Ada Generation", True, 99),
+    ("unheard of", False, 99),
   ],
 )
-def test_devices_that_convert_float8_are_known_by_name(kind, has_float8):
+def test_devices_are_known_by_name(kind, has_float8, kilobytes):
   abstract = jax.sharding.AbstractDevice(
     device_kind=kind, num_cores=None, platform="gpu"
   )
   with deviceless.gpu(abstract):
     assert device.kind() == kind
     assert device.has_float8() == has_float8
+    assert device.shared_bytes() == kilobytes << 10
+
+
+def test_the_capability_of_a_device_that_is_there_is_asked(monkeypatch):
+  found = types.SimpleNamespace(platform="gpu", compute_capability="8.6")
+  monkeypatch.setattr(jax, "devices", lambda: [found])
+  assert not device.has_float8() and device.shared_bytes() == 99 << 10
+  found.compute_capability = "10.0"
+  assert device.has_float8() and device.shared_bytes() == 227 << 10

@@ -4,9 +4,13 @@ import re
 
 import jax
 
-_HAS_FLOAT8 = re.compile(
-  r"\b(H100|H200|H800|H20|GH200|B\d00|GB\d00|L4|L40S?|RTX [45]0\d\d|Ada|Blackwell)\b"
-)
+# An abstract device does not tell its compute capability, so it goes by its name.
+_BY_NAME = {
+  (8, 0): re.compile(r"\b(A100|A30|A800)\b"),
+  (8, 9): re.compile(r"\b(L4|L40S?|RTX [45]0\d\d|Ada|RTX PRO)\b"),
+  (9, 0): re.compile(r"\b(H100|H200|H800|H20|GH200|B\d00|GB\d00)\b"),
+}
+_LARGE = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 
 
 def kind() -> str:
@@ -16,16 +20,23 @@ def kind() -> str:
 
 
 def has_float8() -> bool:
-  """Whether it converts `float8_e4m3fn`; GPUs do from compute capability 8.9 on.
+  """Whether it converts `float8_e4m3fn`, as GPUs do from capability 8.9 on."""
+  return _capability() >= (8, 9)
 
-  An abstract device does not tell its capability, so it goes by its name. False if
-  nothing is known: there is another way that all GPUs can go.
-  """
+
+def shared_bytes() -> int:
+  """Shared memory that a program may have."""
+  return _LARGE.get(_capability(), 99 << 10)
+
+
+def _capability() -> tuple[int, int]:
+  """A GPU's compute capability, no more than is known; the host counts as an H100."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
-    return _HAS_FLOAT8.search(device.device_kind) is not None
+    known = (x for x, name in _BY_NAME.items() if name.search(device.device_kind))
+    return next(known, (8, 6))
   device = jax.devices()[0]
   if device.platform != "gpu":
-    return True
-  capability = getattr(device, "compute_capability", "0")
-  return tuple(int(n) for n in str(capability).split(".")) >= (8, 9)
+    return (9, 0)
+  major, minor = str(device.compute_capability).split(".")
+  return int(major), int(minor)

@@ -434,10 +434,10 @@ def _flat(pool: Array) -> Array:
 
 def _settings(kernel: str, k: Array, v: Array | None) -> Settings:
   """How a kernel is set up."""
-  tile_kv, num_stages = _tile_kv(k, v)
   max_tile_q = _MAX_TILE_Q
   if (k if v is None else v).shape[-1] > 256:
     max_tile_q //= 4 if k.dtype.itemsize == 1 else 2
+  tile_kv, num_stages = _tile_kv(k, v, max_tile_q)
   default = Settings(
     tile_kv=tile_kv,
     num_stages=num_stages,
@@ -448,14 +448,17 @@ def _settings(kernel: str, k: Array, v: Array | None) -> Settings:
   return tuning.settle(f"triton {kernel}", k, v, default)
 
 
-def _tile_kv(k: Array, v: Array | None) -> tuple[int, int]:
+def _tile_kv(k: Array, v: Array | None, max_tile_q: int) -> tuple[int, int]:
   """Tokens per tile, and stages of the pipeline."""
   per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
-  choices = ((3, 64), (2, 64), (3, 32), (2, 32))
+  choices = ((3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
   if k.dtype.itemsize == 1 and k.shape[-1] > 512:
     choices = choices[2:]  # elements pass through registers on their way to a product
-  fits = (x for x in choices if math.prod(x) * per_token <= _SHARED_BYTES)
-  buffers, tile = next(fits, (2, 16))
+  # Beside them are the tiles of queries and of weights.
+  others = max_tile_q * (k.shape[-1] + 64) * 2 + 2048
+  room = min(_SHARED_BYTES, device.shared_bytes() - others)
+  fits = (x for x in choices if math.prod(x) * per_token <= room)
+  buffers, tile = next(fits, (1, 16))
   # A stage ahead of each buffer, block ids are loaded.
   return tile, 2 * buffers + 1
 
