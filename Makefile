@@ -4,7 +4,7 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench gpu floor aot wheel-test clean distclean
+.PHONY: help setup demo test test-slow lint format bench gpu tune floor aot wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
@@ -54,6 +54,9 @@ bench: setup ## Run the benchmarks
 
 gpu: ## Check and time the kernels on this machine's GPU, with PYTHON's own jax
 	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
+
+tune: ## Find the best settings of the kernels on this machine's GPU, and keep them
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.tune $(ARGS)
 
 floor: ## Run the tests with the oldest supported jax, in .venv-floor
 	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'

@@ -65,7 +65,9 @@ def attend(
       )
   flat, shared = store.flat(), metadata.shared_prefix
   attention = functools.partial(
-    paged_attention.paged_attention, sliding_window=sliding_window
+    paged_attention.paged_attention,
+    sliding_window=sliding_window,
+    plan=metadata.plans[at] if metadata.plans else None,
   )
   if shared is not None and sliding_window is None:
     attention = functools.partial(

@@ -112,6 +112,13 @@ def write(
 ) -> KVStore:
   """Writes the keys and values of `T` tokens of one layer, quantised if the store is.
 
+  As compiled for an H100, this is one kernel per array, in place, into which XLA fuses
+  what computed the values: 2 in a plain store, and in a quantised one 4 and one for
+  the scales. For 256 rows of 8 heads of 128 they write 1 MB in bfloat16, some 0.5
+  microseconds of bandwidth, so what counts is launches. A kernel of ours would need
+  the values in memory first and so save none in a plain store, and in a quantised one
+  3, or some 5 microseconds of a layer: it is left to XLA.
+
   Args:
     store: The store.
     layer: `[]` int32.

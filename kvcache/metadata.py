@@ -10,6 +10,7 @@ belongs to row `seq_ids[t]` and stands at `positions[t]`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 from jax import Array
@@ -61,6 +62,8 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     block_tables: `[S, P]` int32. Of the context.
     shared_prefix: What `attend` reads once for several rows; None if not looked for.
     windows: For each of `config.windows`, where the tokens stand in its pool.
+    plans: For each of `config.groups`, what its layers' attention would else compute
+      once per layer, see `kvcache.plans`. May be empty.
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
       keep the state after each of a row's tokens. Static.
@@ -76,6 +79,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   block_tables: Array
   shared_prefix: SharedPrefix | None = None
   windows: tuple[WindowView, ...] = ()
+  plans: tuple[Any, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
   num_logits: int = flax.struct.field(pytree_node=False, default=1)
 

@@ -12,6 +12,7 @@ from kvcache import (
   blocks,
   kv,
   metadata,
+  plans,
   prefix,
   ragged,
   sequences,
@@ -159,7 +160,7 @@ def step_metadata(
   if cascade:
     found = metadata.find_shared_prefix(view, block_size=config.block_size)
     view = view.replace(shared_prefix=found)
-  return view
+  return view.replace(plans=plans.make(config, ctx.kv, view))
 
 
 def locate(

@@ -17,10 +17,15 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-TARGET = Path(__file__).parents[1] / "scripts" / "h100.txtpb"
+TARGETS = Path(__file__).parents[1] / "scripts"
 DEVICE = AbstractDevice(
   device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
+A100 = AbstractDevice(
+  device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"
+)
+L4 = AbstractDevice(device_kind="NVIDIA L4", num_cores=58, platform="gpu")
+_NAMES = {DEVICE: "h100", A100: "a100", L4: "l4"}
 _LAUNCH = re.compile(
   r"kCustomKernel .*\] (?P<name>\S+) grid: \[.*\] threads: \[(?P<threads>\d+), 1, 1\]"
   r" +shared_memory: (?P<shared>\d+) bytes"
@@ -35,9 +40,13 @@ _THREADS = re.compile(r"\.(?:max|req)ntid (\d+)")
 
 
 @contextlib.contextmanager
-def gpu() -> Iterator[None]:
-  """What is traced and lowered within is for an H100."""
-  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DEVICE)):
+def gpu(device: AbstractDevice | None = None) -> Iterator[None]:
+  """What is traced and lowered within is for a GPU.
+
+  For an H100 if none is given, or what an outer `gpu` says.
+  """
+  device = device or jax.sharding.get_abstract_mesh().abstract_device or DEVICE
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
     yield
 
 
@@ -75,13 +84,14 @@ class Program:
 
 
 class Compiler:
-  """Compiles for an H100, and reads what the assembler says."""
+  """Compiles for a GPU, an H100 if not said, and reads what the assembler says."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, *, device: AbstractDevice = DEVICE):
     """Works in a folder of its own."""
     import nvidia.cu13
 
     self.folder = folder
+    self.device = device
     self._log = folder / "ptxas.log"
     (root,) = nvidia.cu13.__path__
     script = folder / "cuda" / "bin" / "ptxas"
@@ -99,10 +109,11 @@ class Compiler:
   @functools.cached_property
   def sharding(self) -> SingleDeviceSharding:
     """Of arguments: all on the one device."""
+    name = _NAMES[self.device]
     topology = topologies.get_topology_desc(
       platform="cuda",
-      topology_name="h100",
-      target_config=TARGET.read_text("utf-8"),
+      topology_name=name,
+      target_config=(TARGETS / f"{name}.txtpb").read_text("utf-8"),
       topology="1x1x1",
     )
     return SingleDeviceSharding(topology.devices[0])
@@ -121,7 +132,7 @@ class Compiler:
     dump, mosaic = self.folder / "dump", self.folder / "mosaic"
     for path in (self._log, *dump.glob("*"), *mosaic.glob("*")):
       path.unlink(missing_ok=True)
-    with gpu():
+    with gpu(self.device):
       lowered = jax.jit(run, donate_argnums=donate).trace(*args, **kwargs).lower()
     compiled = lowered.compile(
       compiler_options={

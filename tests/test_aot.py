@@ -3,6 +3,7 @@
 `make aot` runs this in an environment with the CUDA compiler's wheels.
 """
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -16,7 +17,7 @@ from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.nn import as_function
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
-from tests import hlo
+from tests import deviceless, hlo
 from tests.deviceless import Compiler
 
 pytestmark = [
@@ -144,3 +145,121 @@ def test_the_loop_of_a_llama_copies_no_pool(compiler):
   assert program.temp_bytes < 0.1 * CONFIG.num_bytes
   assert {"paged_attention_split", "paged_attention_fill"} <= program.kernels.keys()
   assert not any(k.spill_bytes for k in program.kernels.values())
+
+
+@pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+  ("device", "names", "max_shared_bytes"),
+  [
+    # Without instructions for float8.
+    (deviceless.A100, ("llama-3-8b fp8", "deepseek-v3 tp8 fp8"), 163 << 10),
+    # Programs may have less than half the shared memory.
+    (deviceless.L4, ("llama-3-8b", "gemma-2-9b", "deepseek-v3 tp8"), 99 << 10),
+  ],
+  ids=["A100", "L4"],
+)
+def test_other_gpus_are_served(
+  compiler, tmp_path, device, names, max_shared_bytes, max_query_len
+):
+  del compiler  # which leaves the cache of programs alone
+  compile_for = Compiler(tmp_path, device=device)
+  for name in names:
+    spec = named(name)
+    num_tokens = 32 if max_query_len else 1024
+    shapes = spec.shapes(
+      num_seqs=32, num_blocks=4096, max_blocks=128, num_tokens=num_tokens
+    )
+    run = functools.partial(
+      paged_attention,
+      implementation="triton",
+      max_query_len=max_query_len,
+      **spec.options,
+    )
+    kernels = compile_for(run, **shapes).kernels
+    ours = [kernel for by, kernel in kernels.items() if by in MIN_RESIDENT]
+    assert len(ours) == (2 if max_query_len else 3)
+    for kernel in ours:
+      assert kernel.spill_bytes == 0, (name, kernel)
+      assert kernel.shared_bytes <= max_shared_bytes, (name, kernel)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b fp8", "llama-3-8b int8"])
+def test_pools_of_2_to_4_gib_are_read_where_they_are(compiler, name):
+  spec = named(name)
+  shapes = spec.shapes(num_seqs=32, num_blocks=60_000, max_blocks=128, num_tokens=32)
+  run = functools.partial(
+    paged_attention, implementation="triton", max_query_len=1, **spec.options
+  )
+  program = compiler(run, **shapes)
+  kernel = program.kernels["paged_attention_split"]
+  assert kernel.spill_bytes == 0, kernel
+  assert resident(kernel) >= 2, kernel
+  assert not hlo.read(program.text).rewrites(shapes["k"].size // 2)
+
+
+def step_of_a_llama(*, scan_layers):
+  """A decode step of 64 rows, and its arguments' shapes."""
+  config = dataclasses.replace(MODEL, num_layers=4, scan_layers=scan_layers)
+  cache = dataclasses.replace(CONFIG, layers=config.cache_layers())
+  function = as_function(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+  ctx = jax.eval_shape(functools.partial(kvcache.init, cache))
+  ints = jax.ShapeDtypeStruct((cache.max_seqs,), jnp.int32)
+
+  def step(ctx, function, query_lens, tokens):
+    metadata = kvcache.step_metadata(ctx, query_lens)
+    logits, ctx = function(tokens, metadata, ctx)
+    return kvcache.commit(ctx, tokens, metadata), logits
+
+  return step, (ctx, function, ints, ints)
+
+
+def kernels_of(module, computation=None):
+  """What a computation launches, those of its loops included."""
+  names = ("fusion", "custom-call", "copy", "sort", "scatter", "reduce")
+  return [i for i in module.walk(computation) if i.opcode in names]
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_work_of_a_step_is_cut_once(compiler, scan_layers):
+  """By the plan where layers are scanned; XLA sees it by itself where they are not."""
+  step, shapes = step_of_a_llama(scan_layers=scan_layers)
+  module = hlo.read(compiler(step, *shapes, donate=(0,)).text)
+  made = [i for i in kernels_of(module) if "paged_attention_queue" in i.op_name]
+  assert 0 < len(made) <= 8
+  for loop in module.whiles():
+    body = kernels_of(module, loop.callees["body"])
+    assert not [i for i in body if "paged_attention_queue" in i.op_name]
+    assert len(body) <= 17
+  assert len(module.whiles()) == scan_layers
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 2), ("float8_e4m3fn", 5)])
+def test_keys_and_values_are_appended_in_few_kernels_that_copy_nothing(
+  compiler, dtype, most
+):
+  """What `kvcache.kv.write` says; a kernel of ours could hardly save any."""
+  layer = kvcache.AttentionLayer(num_kv_heads=8, head_dim=128)
+  config = dataclasses.replace(CONFIG, layers=(layer,) * 4, max_seqs=256, dtype=dtype)
+  ctx = jax.eval_shape(functools.partial(kvcache.init, config))
+  ints = jax.ShapeDtypeStruct((256,), jnp.int32)
+  new = jax.ShapeDtypeStruct((4, 256, 8, 128), jnp.bfloat16)
+
+  def step(ctx, query_lens, k, v):
+    metadata = kvcache.step_metadata(ctx, query_lens)
+
+    def write(carry, layer):
+      ctx, factor = carry  # so that what is written is computed in the loop
+      k_new, v_new = k[layer] * factor, v[layer] * factor
+      return (kvcache.write_kv(ctx, layer, k_new, v_new, metadata), factor * 2), None
+
+    indices = jnp.arange(4, dtype=jnp.int32)
+    return jax.lax.scan(write, (ctx, jnp.bfloat16(1)), indices)[0][0]
+
+  program = compiler(step, ctx, ints, new, new, donate=(0,))
+  module = hlo.read(program.text)
+  (loop,) = module.whiles()
+  body = kernels_of(module, loop.callees["body"])
+  writes = [i for i in body if i.num_elements > 1]  # not the factor or the counter
+  assert len(writes) <= most, [str(i) for i in writes]
+  assert not [str(i) for i in module.rewrites(config.num_bytes // 100)]
+  assert program.temp_bytes < 1 << 20

@@ -27,6 +27,7 @@ FLOORS = (
   {"metadata"},
   {"publishing", "releasing"},
   {"context"},
+  {"plans"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
@@ -136,13 +137,13 @@ def test_kernels_import_jax_and_nothing_of_ours():
   assert not strangers
 
 
-def test_only_attention_and_recurrent_import_kernels():
+def test_only_attention_recurrent_and_plans_import_kernels():
   importers = {
     room(module)
     for module, targets in IMPORTS.items()
     if ours(module, "kvcache") and any(ours(t, "pallas_kernels") for t in targets)
   }
-  assert importers <= {"attention", "recurrent"}
+  assert importers <= {"attention", "plans", "recurrent"}
 
 
 def test_packages_do_not_import_tests_or_benchmarks():

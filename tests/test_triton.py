@@ -11,8 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import paged_attention, reference, triton
-from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
+from pallas_kernels.paged_attention import (
+  device,
+  paged_attention,
+  reference,
+  triton,
+  triton_walk,
+)
+from pallas_kernels.paged_attention.arg_specs import named
 from tests import deviceless
 from tests.test_attention import Batch, CHUNKS, LENGTHS
 from tests.test_attention_variants import arguments, hide_what_is_behind, VARIANTS
@@ -136,6 +142,32 @@ def test_neighbours_do_not_change_bits(chunks):
     np.testing.assert_array_equal(alone[1][mine], lse[mine])
 
 
+@pytest.mark.parametrize("store", ["fp8", "latent int8"])
+def test_pairs_of_elements_are_the_elements(monkeypatch, store):
+  """And so are elements that are put together of their bits."""
+  monkeypatch.setattr("tests.test_attention_variants.DV", 32)
+  batch = Batch(2, chunks=None, seed=3, head_dim=D)
+  args, options = arguments(batch, store)
+
+  def run():
+    # A function of its own, since how it is traced is no argument.
+    traced = jax.jit(lambda *args: interpreted.__wrapped__(*args, **options))
+    return traced(*args)
+
+  whole = run()
+  monkeypatch.setattr(triton, "_MAX_OFFSET", 100)
+  monkeypatch.setattr(device, "has_float8", lambda: False)
+  for x, y in zip(run(), whole, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_floats_of_eight_bits_are_made_of_their_bits():
+  bits = jnp.arange(256).astype(jnp.uint8)
+  want = jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float16)
+  np.testing.assert_array_equal(jax.jit(triton_walk.float8)(bits), want)
+  assert np.isfinite(want).sum() == 254
+
+
 def test_ids_outside_of_the_pool_are_never_followed():
   batch = Batch(1, chunks=None, head_dim=D)
   q, k, v, tables, lens, starts = batch.arguments
@@ -163,13 +195,6 @@ def lower(spec, implementation, *, num_tokens, max_query_len):
   return deviceless.lower(run, **shapes).as_text()
 
 
-@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
-def test_every_named_shape_is_lowered(spec):
-  decode = lower(spec, "triton", num_tokens=4, max_query_len=1)
-  mixed = lower(spec, "triton", num_tokens=128, max_query_len=None)
-  assert [text.count("__gpu$xla.gpu.triton") for text in (decode, mixed)] == [2, 3]
-
-
 def test_the_best_on_a_gpu_is_triton():
   text = lower(named("llama-3-8b"), None, num_tokens=4, max_query_len=1)
   assert text.count("__gpu$xla.gpu.triton") == 2
@@ -187,11 +212,23 @@ def test_what_triton_cannot_serve_is_served_by_xla():
     deviceless.lower(run, q, k, k, *ids)
 
 
-def test_pools_whose_offsets_would_overflow_are_refused():
+@pytest.mark.parametrize(
+  ("num_blocks", "is_paired"), [(32_768, False), (32_769, True), (65_537, False)]
+)
+def test_pools_are_read_in_pairs_where_offsets_would_overflow(num_blocks, is_paired):
+  """From 2 to 4 GiB; in larger arrays offsets have 64 bits."""
   spec = named("llama-3-8b fp8")
-  shapes = spec.shapes(num_seqs=4, num_blocks=50_000, max_blocks=4, num_tokens=4)
+  shapes = spec.shapes(num_seqs=4, num_blocks=num_blocks, max_blocks=4, num_tokens=4)
+  run = functools.partial(paged_attention, implementation="triton", max_query_len=1)
+  text = deviceless.lower(run, **shapes).as_text()
+  assert (f"{num_blocks * 8 * 64}x64xui16" in text) == is_paired
+
+
+def test_too_many_tokens_are_refused():
+  spec = named("llama-3-8b fp8")
+  shapes = spec.shapes(num_seqs=4, num_blocks=1 << 22, max_blocks=4, num_tokens=4)
   run = functools.partial(paged_attention, implementation="triton")
-  with pytest.raises(NotImplementedError, match="k must not have 2 to 4 GiB"):
+  with pytest.raises(NotImplementedError, match="less than 2\\^31 tokens and heads"):
     deviceless.lower(run, **shapes)
 
 

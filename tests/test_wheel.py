@@ -42,6 +42,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
   info = f"kvcache_jax-{kvcache.__version__}.dist-info"
   assert {name.split("/")[0] for name in names} == {"kvcache", "pallas_kernels", info}
   assert {"kvcache/py.typed", "pallas_kernels/py.typed"} <= set(names)
+  assert "pallas_kernels/paged_attention/tuned.json" in names
   assert f"{info}/licenses/LICENSE" in names
   sources = {
     path.relative_to(ROOT).as_posix()

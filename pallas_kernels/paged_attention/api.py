@@ -9,6 +9,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.work_queue import Plan, plan_rows
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 
@@ -32,6 +33,7 @@ def paged_attention(
   v_head_dim: int | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
+  plan: Plan | None = None,
 ) -> Array | tuple[Array, Array]:
   """Causal attention of packed, ragged queries over paged keys and values.
 
@@ -66,6 +68,8 @@ def paged_attention(
     implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), `"mosaic"` (a
       Hopper GPU, few queries per row), or None for the best that can serve: on a GPU
       Triton if it can, else XLA.
+    plan: What `plan` made of the same `seq_lens` and `cu_seqlens`, so that layers that
+      are scanned need not each compute it.
 
   Returns:
     `out [T, H, Dv]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`. With
@@ -102,12 +106,65 @@ def paged_attention(
     v_scale=v_scale,
     v_head_dim=v_head_dim or (k if v is None else v).shape[-1],
   )
-  out, lse = _run(implementation, arguments, options)
+  out, lse = _run(implementation, arguments, options, plan)
   return (out, lse) if return_lse else out
 
 
+def plan(
+  k: Array | jax.ShapeDtypeStruct,
+  v: Array | jax.ShapeDtypeStruct | None,
+  seq_lens: Array,
+  cu_seqlens: Array,
+  *,
+  num_tokens: int,
+  max_blocks: int,
+  q: Array | jax.ShapeDtypeStruct | None = None,
+  max_query_len: int | None = None,
+  sliding_window: int | None = None,
+  implementation: str | None = None,
+) -> Plan | None:
+  """Makes ahead what `paged_attention` computes of the rows of a step alone.
+
+  A plan is for all layers of these shapes and options, whatever their tables. One that
+  does not fit a layer is of no use to it, and does no harm.
+
+  Args:
+    k: As in `paged_attention`; only its shape and dtype count.
+    v: As in `paged_attention`; only its shape and dtype count.
+    seq_lens: `[S]` int32.
+    cu_seqlens: `[S + 1]` int32.
+    num_tokens: `T`.
+    max_blocks: `P`.
+    q: `[T, H, D]`, of which only shape and dtype count. Without it a plan serves decode
+      steps whole, and of mixed steps of up to 8 query heads per kv head the rows with
+      few queries.
+    max_query_len: As in `paged_attention`.
+    sliding_window: As in `paged_attention`.
+    implementation: As in `paged_attention`.
+
+  Returns:
+    The plan, or None if the implementation has no use for one; XLA has none.
+  """
+  if implementation == "xla" or _platform() != "gpu":
+    return None
+  backend = _backend(implementation or "triton")
+  cuts = backend.cuts(
+    k,
+    v,
+    q=q,
+    num_tokens=num_tokens,
+    max_len=max_blocks * k.shape[2],
+    max_query_len=max_query_len,
+    sliding_window=sliding_window,
+  )
+  return plan_rows(seq_lens, cu_seqlens, cuts)
+
+
 def _run(
-  implementation: str | None, arguments: tuple[Any, ...], options: dict[str, Any]
+  implementation: str | None,
+  arguments: tuple[Any, ...],
+  options: dict[str, Any],
+  plan: Plan | None,
 ) -> tuple[Array, Array]:
   """Runs the implementation of that name, or the best that can serve."""
   fallback = functools.partial(xla.paged_attention, *arguments, **options)
@@ -123,13 +180,13 @@ def _run(
     if reason is not None:
       return fallback()
     # A program for another platform, such as the host's, is lowered to XLA.
-    best = functools.partial(backend.paged_attention, *arguments, **options)
+    best = functools.partial(backend.paged_attention, *arguments, **options, plan=plan)
     return lax.platform_dependent(cuda=best, default=fallback)
   if _platform() != "gpu":
     reason = f"it needs a GPU, and programs are for {_platform()}"
   if reason is not None:
     raise NotImplementedError(f"implementation {implementation!r}: {reason}")
-  return backend.paged_attention(*arguments, **options)
+  return backend.paged_attention(*arguments, **options, plan=plan)
 
 
 def _platform() -> str:

@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import triton, work_queue
+from pallas_kernels.paged_attention import triton, tuning, work_queue
 from pallas_kernels.paged_attention.triton_walk import LOG2_E, NEG
-from pallas_kernels.paged_attention.work_queue import SplitQueue
+from pallas_kernels.paged_attention.tuning import Settings
+from pallas_kernels.paged_attention.work_queue import Plan, SplitQueue, Splits
 
 plgpu: Any = mosaic_gpu  # It does not say which of its names are public.
 type _Ref = Any
@@ -113,6 +114,7 @@ def paged_attention(
   sliding_window: int | None = None,
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
+  plan: Plan | None = None,
   interpret: Any = None,
   **_: Any,
 ) -> tuple[Array, Array]:
@@ -125,26 +127,26 @@ def paged_attention(
   num_kv_heads, block_size = k.shape[1:3]
   group = num_heads // num_kv_heads
   columns = 8 if max_query_len * group <= 8 else 16
-  per_stage = _TILE * (head_dim + v.shape[-1]) * k.dtype.itemsize
+  settings = _settings(k, v)
   layer = _Layer(
     group=group,
     columns=columns,
     block_size=block_size,
-    num_stages=max(2, min(6, _SHARED_BYTES // per_stage)),
+    num_stages=settings.num_stages,
     sm_scale=sm_scale,
     sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
   )
-  queue = work_queue.split_rows(
-    seq_lens,
-    cu_seqlens,
+  (splits,) = cuts(
+    k,
+    v,
     num_tokens=num_tokens,
     max_len=block_tables.shape[1] * block_size,
-    max_queries=max_query_len,
-    tile_kv=_TILE,
-    min_tiles=_MIN_SPLIT // _TILE,
-    max_splits=min(64, max(4, _NUM_PROGRAMS // num_kv_heads)),
+    max_query_len=max_query_len,
     sliding_window=sliding_window,
+  )
+  queue = work_queue.split_rows(
+    seq_lens, cu_seqlens, plan=plan, **dataclasses.asdict(splits)
   )
   # The queries of each row, as columns `token * group + head`.
   place = jnp.arange(max_query_len, dtype=jnp.int32)
@@ -165,6 +167,45 @@ def paged_attention(
     dtype=q.dtype,
     interpret=interpret is not None,
   )
+
+
+def cuts(
+  k: Array,
+  v: Array | None,
+  *,
+  num_tokens: int,
+  max_len: int,
+  max_query_len: int | None,
+  sliding_window: int | None,
+  **_: Any,
+) -> tuple[Splits, ...]:
+  """How rows are cut; shapes and dtypes of arrays suffice."""
+  if max_query_len is None:
+    return ()
+  settings = _settings(k, v)
+  splits = Splits(
+    num_tokens=num_tokens,
+    max_len=max_len,
+    max_queries=max_query_len,
+    tile_kv=_TILE,
+    min_tiles=max(1, settings.min_split // _TILE),
+    max_splits=min(64, max(4, settings.num_programs // k.shape[1])),
+    sliding_window=sliding_window,
+  )
+  return (splits,)
+
+
+def _settings(k: Array, v: Array | None) -> Settings:
+  """How the kernel is set up."""
+  width = k.shape[-1] + (0 if v is None else v.shape[-1])
+  per_stage = _TILE * width * k.dtype.itemsize
+  default = Settings(
+    tile_kv=_TILE,
+    num_stages=max(2, min(6, _SHARED_BYTES // per_stage)),
+    min_split=_MIN_SPLIT,
+    num_programs=_NUM_PROGRAMS,
+  )
+  return tuning.settle("mosaic split", k, v, default)
 
 
 class _Memory(NamedTuple):
@@ -231,7 +272,7 @@ def _split(
   rows_per_copy = min(block_size, _TILE)
   part = (num_blocks, num_kv_heads, block_size // rows_per_copy, rows_per_copy)
   shape = (queue.rows.size, num_kv_heads, layer.columns)
-  num_programs = min(_NUM_PROGRAMS, queue.rows.size * num_kv_heads)
+  num_programs = min(_settings(k, v).num_programs, queue.rows.size * num_kv_heads)
 
   def paged_attention_sm90(*refs: _Ref) -> None:
     memory, scratch = _Memory(*refs[:12]), _Scratch(*refs[12:])

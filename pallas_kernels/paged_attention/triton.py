@@ -7,6 +7,7 @@ queries (prompt chunks) are cut into tiles of queries that walk the keys once ea
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,18 +18,26 @@ from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import work_queue
+from pallas_kernels.paged_attention import device, tuning, work_queue
 from pallas_kernels.paged_attention.triton_walk import (
   Layer,
   LOG2_E,
   Memory,
   NEG,
+  pairs,
   Parts,
   Ref,
   store,
   walk,
 )
-from pallas_kernels.paged_attention.work_queue import SplitQueue, TileQueue
+from pallas_kernels.paged_attention.tuning import Settings
+from pallas_kernels.paged_attention.work_queue import (
+  Plan,
+  SplitQueue,
+  Splits,
+  TileQueue,
+  Tiles,
+)
 
 _MAX_QUERIES = 8
 """Tokens of a row, drafts included, up to which its keys are split."""
@@ -40,6 +49,8 @@ _NUM_PROGRAMS = 264
 _SHARED_BYTES = 100 << 10
 """Of tiles in flight, so that two programs find room on a multiprocessor."""
 _FLOATS = ("bfloat16", "float16", "float32")
+_MAX_OFFSET = 2**31
+"""Offsets, in elements, are 32-bit and signed in arrays of up to 4 GiB, else 64-bit."""
 
 
 def why_not(
@@ -54,9 +65,6 @@ def why_not(
   for name, pool in {"k": k, "v": k if v is None else v}.items():
     if pool.dtype.name not in (*_FLOATS, "int8", "uint8"):
       return f"{name} must be one of {_FLOATS}, int8 or uint8, got {pool.dtype}"
-    # Offsets into arrays of up to 4 GiB are 32-bit, and signed.
-    if pool.dtype.itemsize == 1 and 2**31 < pool.size <= 2**32:
-      return f"{name} must not have 2 to 4 GiB of one-byte elements, got {pool.shape}"
     if math.prod(pool.shape[:-1]) >= 2**31:
       return f"{name} must hold less than 2^31 tokens and heads, got {pool.shape}"
   return None
@@ -79,6 +87,7 @@ def paged_attention(
   k_scale: Array | None = None,
   v_scale: Array | None = None,
   v_head_dim: int,
+  plan: Plan | None = None,
   interpret: bool = False,
 ) -> tuple[Array, Array]:
   """Causal attention of packed queries over paged keys and values.
@@ -86,23 +95,28 @@ def paged_attention(
   See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
   are its `out` and `lse`. `interpret` runs the kernels' bodies on any device.
   """
-  num_tokens, num_heads, head_dim = q.shape
+  num_heads, head_dim = q.shape[1:]
   num_kv_heads, block_size = k.shape[1:3]
   group = num_heads // num_kv_heads
-  max_queries = max(1, min(_MAX_QUERIES, _MAX_TILE_Q // group, num_tokens))
-  if max_query_len is not None:
-    max_queries = min(max_queries, max_query_len)
-  tile_kv, num_stages = _tile_kv(k, v)
+  splits, *tiles = cuts(
+    k,
+    v,
+    q=q,
+    num_tokens=q.shape[0],
+    max_len=block_tables.shape[1] * block_size,
+    max_query_len=max_query_len,
+    sliding_window=sliding_window,
+  )
   layer = Layer(
     num_kv_heads=num_kv_heads,
     group=group,
     block_size=block_size,
     key_parts=_parts(head_dim),
     value_parts=_parts(v_head_dim),
-    dtype=_operand_dtype(q, k, v, k_scale),
-    is_quantised=k_scale is not None,
-    tile_kv=tile_kv,
-    num_stages=num_stages,
+    dtype=_operand_dtype(q, k, v),
+    stored=None if k_scale is None else k.dtype,
+    has_float8=device.has_float8(),
+    settings=_settings("split", k, v),
     is_causal=is_causal,
     sm_scale=sm_scale,
     sliding_window=sliding_window,
@@ -110,8 +124,8 @@ def paged_attention(
   )
   memory = Memory(
     q=q.reshape(-1, head_dim),
-    k=k.reshape(-1, head_dim),
-    v=None if v is None else v.reshape(-1, v_head_dim),
+    k=_flat(k),
+    v=None if v is None else _flat(v),
     k_scale=None if k_scale is None else k_scale.reshape(-1),
     v_scale=None if v_scale is None else v_scale.reshape(-1),
     sinks=None if sinks is None else sinks.astype(jnp.float32),
@@ -120,36 +134,67 @@ def paged_attention(
     cu_seqlens=cu_seqlens,
   )
   queue = work_queue.split_rows(
-    seq_lens,
-    cu_seqlens,
-    num_tokens=num_tokens,
-    max_len=block_tables.shape[1] * block_size,
-    max_queries=max_queries,
-    tile_kv=tile_kv,
-    min_tiles=_MIN_SPLIT // tile_kv,
-    # All programs have work as soon as there is one long row.
-    max_splits=min(64, max(4, _NUM_PROGRAMS // (num_kv_heads * max_queries))),
-    sliding_window=sliding_window,
+    seq_lens, cu_seqlens, plan=plan, **dataclasses.asdict(splits)
   )
-  parts = _split(memory, queue, layer, max_queries=max_queries, interpret=interpret)
+  parts = _split(
+    memory, queue, layer, max_queries=splits.max_queries, interpret=interpret
+  )
   results = combine(
     *parts, queue, memory.sinks, group=group, dtype=q.dtype, interpret=interpret
   )
-  if max_query_len is None or max_query_len > max_queries:
-    tile_q = _tile_q(num_tokens * group, layer)
-    tiles = work_queue.tile_rows(
-      seq_lens,
-      cu_seqlens,
-      num_tokens=num_tokens,
-      group=group,
-      min_queries=max_queries + 1,
-      tile_q=tile_q,
+  for cut in tiles:
+    work = work_queue.tile_rows(
+      seq_lens, cu_seqlens, plan=plan, **dataclasses.asdict(cut)
     )
-    if tiles.rows.size:
+    if work.rows.size:
+      layer = dataclasses.replace(layer, settings=_settings("fill", k, v))
       results = _fill(
-        *results, memory, tiles, layer, tile_q=tile_q, interpret=interpret
+        *results, memory, work, layer, tile_q=cut.tile_q, interpret=interpret
       )
   return results
+
+
+def cuts(
+  k: Array,
+  v: Array | None,
+  *,
+  q: Array | None,
+  num_tokens: int,
+  max_len: int,
+  max_query_len: int | None,
+  sliding_window: int | None,
+) -> tuple[Splits, *tuple[Tiles, ...]]:
+  """How rows are cut; shapes and dtypes of arrays suffice.
+
+  Without `q`, how rows with few queries are cut if a kv head has up to 8 query heads;
+  in a decode step, however many it has.
+  """
+  num_kv_heads = k.shape[1]
+  group = 1 if q is None else q.shape[1] // num_kv_heads
+  max_queries = max(1, min(_MAX_QUERIES, _MAX_TILE_Q // group, num_tokens))
+  if max_query_len is not None:
+    max_queries = min(max_queries, max_query_len)
+  settings = _settings("split", k, v)
+  splits = Splits(
+    num_tokens=num_tokens,
+    max_len=max_len,
+    max_queries=max_queries,
+    tile_kv=settings.tile_kv,
+    min_tiles=max(1, settings.min_split // settings.tile_kv),
+    # All programs have work as soon as there is one long row.
+    max_splits=min(64, max(4, settings.num_programs // (num_kv_heads * max_queries))),
+    sliding_window=sliding_window,
+  )
+  if q is None or (max_query_len is not None and max_query_len <= max_queries):
+    return (splits,)
+  is_float32 = _operand_dtype(q, k, v) == jnp.float32
+  tiles = Tiles(
+    num_tokens=num_tokens,
+    group=group,
+    min_queries=max_queries + 1,
+    tile_q=_tile_q(num_tokens * group, _settings("fill", k, v), is_float32=is_float32),
+  )
+  return splits, tiles
 
 
 # --- Kernels --------------------------------------------------------------------------
@@ -168,10 +213,11 @@ def _split(
   Programs take turns at the pieces, all heads of one before the next.
   """
   num_queries = max_queries * layer.group
-  tile_q = _tile_q(num_queries, layer)
+  settings = layer.settings
+  tile_q = _tile_q(num_queries, settings, is_float32=layer.dtype == jnp.float32)
   tiles_q = -(-num_queries // tile_q)
   per_piece = layer.num_kv_heads * tiles_q
-  num_programs = min(_NUM_PROGRAMS, queue.rows.size * per_piece)
+  num_programs = min(settings.num_programs, queue.rows.size * per_piece)
 
   def kernel(queue: Any, memory: Memory, out: Ref, lse_out: Ref) -> None:
     program = pl.program_id(0)
@@ -209,7 +255,7 @@ def _split(
       jax.ShapeDtypeStruct(shape, jnp.float32),
     ),
     compiler_params=plt.CompilerParams(
-      num_warps=_num_warps(tile_q, layer), num_stages=layer.num_stages
+      num_warps=_num_warps(tile_q, layer), num_stages=layer.settings.num_stages
     ),
     interpret=interpret,
     name="paged_attention_split",
@@ -346,7 +392,7 @@ def _fill(
     ),
     input_output_aliases={0: 0, 1: 1},
     compiler_params=plt.CompilerParams(
-      num_warps=_num_warps(tile_q, layer), num_stages=layer.num_stages
+      num_warps=_num_warps(tile_q, layer), num_stages=layer.settings.num_stages
     ),
     interpret=interpret,
     name="paged_attention_fill",
@@ -371,38 +417,60 @@ def _power_of_two(least_size: int, *, least: int = 16) -> int:
   return max(least, 1 << (least_size - 1).bit_length())
 
 
-def _operand_dtype(
-  q: Array, k: Array, v: Array | None, k_scale: Array | None
-) -> np.dtype:
+def _operand_dtype(q: Array, k: Array, v: Array | None) -> np.dtype:
   """What products are computed in: quantised elements are exact in any type of `q`."""
   dtypes = {q.dtype}
-  if k_scale is None:
+  if k.dtype.itemsize > 1:
     dtypes |= {x.dtype for x in (k, v) if x is not None}
   return np.dtype(q.dtype if len(dtypes) == 1 else jnp.float32)
 
 
-def _tile_kv(k: Array, v: Array | None) -> tuple[int, int]:
+def _flat(pool: Array) -> Array:
+  """`[N * K * block_size, D]`, or as many pairs where offsets would be too large."""
+  flat = pool.reshape(-1, pool.shape[-1])
+  has_room = pool.dtype.itemsize > 1 or pool.size * pool.dtype.itemsize > 2**32
+  return flat if has_room or pool.size <= _MAX_OFFSET else pairs(flat)
+
+
+def _settings(kernel: str, k: Array, v: Array | None) -> Settings:
+  """How a kernel is set up."""
+  max_tile_q = _MAX_TILE_Q
+  if (k if v is None else v).shape[-1] > 256:
+    max_tile_q //= 4 if k.dtype.itemsize == 1 else 2
+  tile_kv, num_stages = _tile_kv(k, v, max_tile_q)
+  default = Settings(
+    tile_kv=tile_kv,
+    num_stages=num_stages,
+    min_split=_MIN_SPLIT,
+    num_programs=_NUM_PROGRAMS,
+    max_tile_q=max_tile_q,
+  )
+  return tuning.settle(f"triton {kernel}", k, v, default)
+
+
+def _tile_kv(k: Array, v: Array | None, max_tile_q: int) -> tuple[int, int]:
   """Tokens per tile, and stages of the pipeline."""
   per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
-  choices = ((3, 64), (2, 64), (3, 32), (2, 32))
+  choices = ((3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
   if k.dtype.itemsize == 1 and k.shape[-1] > 512:
     choices = choices[2:]  # elements pass through registers on their way to a product
-  fits = (x for x in choices if math.prod(x) * per_token <= _SHARED_BYTES)
-  buffers, tile = next(fits, (2, 16))
+  # Beside them are the tiles of queries and of weights.
+  others = max_tile_q * (k.shape[-1] + 64) * 2 + 2048
+  room = min(_SHARED_BYTES, device.shared_bytes() - others)
+  fits = (x for x in choices if math.prod(x) * per_token <= room)
+  buffers, tile = next(fits, (1, 16))
   # A stage ahead of each buffer, block ids are loaded.
   return tile, 2 * buffers + 1
 
 
-def _tile_q(num_queries: int, layer: Layer) -> int:
+def _tile_q(num_queries: int, settings: Settings, *, is_float32: bool) -> int:
   """Queries per tile: what registers hold without spilling."""
-  most = _MAX_TILE_Q
-  if layer.v_head_dim > 256:
-    most //= 4 if layer.is_quantised else 2
-  if layer.dtype == jnp.float32:
-    most //= 4
+  most = settings.max_tile_q // (4 if is_float32 else 1)
   return min(max(most, 16), _power_of_two(num_queries))
 
 
 def _num_warps(tile_q: int, layer: Layer) -> int:
   """As many as hold the sums in a quarter of their registers."""
+  if layer.settings.num_warps is not None:
+    return layer.settings.num_warps
   return 8 if tile_q * layer.v_head_dim >= 8192 else 4

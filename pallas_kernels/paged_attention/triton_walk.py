@@ -18,6 +18,8 @@ from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.paged_attention.tuning import Settings
+
 NEG = float(np.finfo(np.float32).min) / 2
 """Logit of what is masked: finite, so that a walk without any key stays free of NaN."""
 
@@ -31,6 +33,7 @@ class Memory(NamedTuple):
   """What every walk reads; None where a layer has no such thing.
 
   Keys, values and their scales are flat: token `(block * K + head) * block_size + i`.
+  Two elements of one byte may stand as one of two bytes, which halves all offsets.
   """
 
   q: Ref  # [T * H, D]
@@ -55,9 +58,9 @@ class Layer:
     key_parts: Columns `(start, stop)` of the keys, see `_parts`.
     value_parts: Columns of the values.
     dtype: Of the operands of products.
-    is_quantised: Whether keys and values are of one byte, with scales.
-    tile_kv: Tokens per tile.
-    num_stages: Tiles in flight.
+    stored: Of the elements of keys and values, one byte each, if they are quantised.
+    has_float8: Whether the device converts `float8_e4m3fn`.
+    settings: How the kernel is set up.
     is_causal, sm_scale, sliding_window, logits_soft_cap: As in `paged_attention`.
   """
 
@@ -67,9 +70,9 @@ class Layer:
   key_parts: Parts
   value_parts: Parts
   dtype: np.dtype
-  is_quantised: bool
-  tile_kv: int
-  num_stages: int
+  stored: np.dtype | None
+  has_float8: bool
+  settings: Settings
   is_causal: bool
   sm_scale: float
   sliding_window: int | None
@@ -79,6 +82,11 @@ class Layer:
   def v_head_dim(self) -> int:
     """`Dv`."""
     return self.value_parts[-1][1]
+
+  @property
+  def tile_kv(self) -> int:
+    """Tokens per tile."""
+    return self.settings.tile_kv
 
 
 def walk(
@@ -138,7 +146,7 @@ def walk(
         mask &= place[None] > position[:, None] - layer.sliding_window
     # Only what some query sees is read.
     slot = _slots(memory, layer, row, head, jnp.clip(place, begin, end - 1))
-    keys = [_load(memory.k, slot, part, layer.dtype) for part in layer.key_parts]
+    keys = [_load(memory.k, slot, part, layer) for part in layer.key_parts]
     logits = sum(
       (_dot(x, y.T) for x, y in zip(q, keys, strict=True)),
       start=jnp.zeros(mask.shape, jnp.float32),
@@ -167,7 +175,7 @@ def walk(
       x * shrink[:, None]
       + _dot(
         weights,
-        loaded[part] if part in loaded else _load(pool, slot, part, layer.dtype),
+        loaded[part] if part in loaded else _load(pool, slot, part, layer),
       )
       for x, part in zip(sums, layer.value_parts, strict=True)
     ]
@@ -195,12 +203,43 @@ def _slots(
   return (block * num_kv_heads + head) * size + lax.rem(place, size)
 
 
-def _load(pool: Ref, slot: Array, part: tuple[int, int], dtype: np.dtype) -> Array:
+def pairs(pool: Array) -> Array:
+  """Views elements of one byte, `[n, D]`, as pairs `[n, D // 2]`; nothing is moved."""
+  return lax.bitcast_convert_type(pool.reshape(pool.shape[0], -1, 2), jnp.uint16)
+
+
+def _load(pool: Ref, slot: Array, part: tuple[int, int], layer: Layer) -> Array:
   """Some columns of some tokens, in a type to compute with."""
-  tile = pool[slot, part[0] : part[1]]
-  if tile.dtype == jnp.uint8:
-    tile = lax.bitcast_convert_type(tile, jnp.float8_e4m3fn)
-  return tile.astype(dtype)
+  start, stop = part
+  if layer.stored is None:
+    return pool[slot, start:stop].astype(layer.dtype)
+  if pool.dtype == jnp.uint16:
+    two = pool[slot, start // 2 : stop // 2]
+    tile = jnp.stack([two & 0xFF, two >> 8], axis=-1).reshape(slot.size, stop - start)
+    tile = tile.astype(jnp.uint8)
+  else:
+    tile = pool[slot, start:stop]
+  if layer.stored == jnp.int8:
+    if tile.dtype != jnp.int8:
+      tile = lax.bitcast_convert_type(tile, jnp.int8)
+    return tile.astype(layer.dtype)
+  if layer.has_float8:
+    return lax.bitcast_convert_type(tile, jnp.float8_e4m3fn).astype(layer.dtype)
+  return float8(tile).astype(layer.dtype)
+
+
+def float8(bits: Array) -> Array:
+  """The numbers whose bits as `float8_e4m3fn` are given in uint8, exactly, as float16.
+
+  Their exponent is shorter than that of float16 and their mantissa too, so that bits
+  in their places are a number that is only too small, also where it is subnormal.
+  """
+  bits = bits.astype(jnp.uint16)
+  magnitude = bits & 0x7F
+  half = lax.bitcast_convert_type(((bits & 0x80) << 8) | (magnitude << 7), jnp.float16)
+  # 0x7F is NaN: there is no infinity.
+  nan = jnp.full(bits.shape, jnp.nan, jnp.float16)
+  return jnp.where(magnitude == 0x7F, nan, half * jnp.float16(256))
 
 
 def _dot(x: Array, y: Array) -> Array:

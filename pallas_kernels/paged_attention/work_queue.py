@@ -5,11 +5,15 @@ many along its queries. The pieces of all rows stand in one queue, so that a gri
 size knows nothing of the batch serves ragged batches evenly. Where a row is cut depends
 on its own length and on static shapes, never on its neighbours: so do its bits.
 
-Everything here is a few vector operations on `[S]`, `[T]` and the queue; XLA computes
-it once for all layers where they are unrolled.
+Everything here is a few vector operations on `[S]`, `[T]` and the queue: 8 kernels for
+a decode step as compiled for an H100, and 11 for a mixed one, where the rest of a Llama
+layer has 14 and 15. Where layers are unrolled, XLA finds that they all do the same and
+does it once. Where they are scanned it does not: these kernels stand in the body of the
+loop and run for every layer. A `Plan` made before the loop takes them out.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import Array
@@ -54,6 +58,64 @@ class TileQueue:
   first: Array
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+  """What `split_rows` takes beside arrays; see there."""
+
+  num_tokens: int
+  max_len: int
+  max_queries: int
+  tile_kv: int
+  min_tiles: int
+  max_splits: int
+  sliding_window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+  """What `tile_rows` takes beside arrays; see there."""
+
+  num_tokens: int
+  group: int
+  min_queries: int
+  tile_q: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Queues of one step, for all layers that cut its rows in the same way.
+
+  A layer that cuts them in another way does not find its queue here and makes one, so
+  that a plan can be wrong only by being that of other rows.
+
+  Attributes:
+    cuts: What each queue was made with. Static.
+    queues: The queues.
+  """
+
+  cuts: tuple[Splits | Tiles, ...] = dataclasses.field(metadata={"static": True})
+  queues: tuple[SplitQueue | TileQueue, ...]
+
+  def find(self, cut: Splits | Tiles) -> Any:
+    """The queue that was made with just these; None if there is none."""
+    return dict(zip(self.cuts, self.queues, strict=True)).get(cut)
+
+
+def plan_rows(
+  seq_lens: Array, cu_seqlens: Array, cuts: tuple[Splits | Tiles, ...]
+) -> Plan:
+  """Makes the queues of some rows ahead."""
+  queues = tuple(
+    (split_rows if isinstance(cut, Splits) else tile_rows)(
+      seq_lens, cu_seqlens, **dataclasses.asdict(cut)
+    )
+    for cut in cuts
+  )
+  return Plan(cuts=cuts, queues=queues)
+
+
+@jax.named_scope("paged_attention_queue")
 def split_rows(
   seq_lens: Array,
   cu_seqlens: Array,
@@ -65,6 +127,7 @@ def split_rows(
   min_tiles: int,
   max_splits: int,
   sliding_window: int | None = None,
+  plan: Plan | None = None,
 ) -> SplitQueue:
   """Cuts the keys of rows with few queries into pieces of equal size.
 
@@ -80,7 +143,19 @@ def split_rows(
     min_tiles: Least size of a piece.
     max_splits: Most pieces of a row.
     sliding_window: Tiles before the window of a row's first query are left out.
+    plan: Of these rows: where the queue is, if it was made ahead.
   """
+  cut = Splits(
+    num_tokens=num_tokens,
+    max_len=max_len,
+    max_queries=max_queries,
+    tile_kv=tile_kv,
+    min_tiles=min_tiles,
+    max_splits=max_splits,
+    sliding_window=sliding_window,
+  )
+  if plan is not None and (queue := plan.find(cut)) is not None:
+    return queue
   query_lens = cu_seqlens[1:] - cu_seqlens[:-1]
   is_in = (query_lens > 0) & (query_lens <= max_queries) & (seq_lens > 0)
   lens = jnp.minimum(seq_lens, max_len)
@@ -115,6 +190,7 @@ def split_rows(
   )
 
 
+@jax.named_scope("paged_attention_queue")
 def tile_rows(
   seq_lens: Array,
   cu_seqlens: Array,
@@ -123,6 +199,7 @@ def tile_rows(
   group: int,
   min_queries: int,
   tile_q: int,
+  plan: Plan | None = None,
 ) -> TileQueue:
   """Cuts the queries of rows with many into tiles; the last of a row come first.
 
@@ -135,7 +212,13 @@ def tile_rows(
     group: Query heads per kv head; a token has so many queries.
     min_queries: Rows with fewer tokens in the step are left out.
     tile_q: Queries per tile.
+    plan: Of these rows: where the queue is, if it was made ahead.
   """
+  cut = Tiles(
+    num_tokens=num_tokens, group=group, min_queries=min_queries, tile_q=tile_q
+  )
+  if plan is not None and (queue := plan.find(cut)) is not None:
+    return queue
   query_lens = cu_seqlens[1:] - cu_seqlens[:-1]
   is_in = (query_lens >= min_queries) & (seq_lens > 0)
   counts = jnp.where(is_in, (query_lens * group + (tile_q - 1)) // tile_q, 0)

@@ -1,0 +1,47 @@
+"""What the attention of a step computes once, for all layers: queues of its work.
+
+On a GPU the work of a step is cut into pieces of equal size. The pieces depend on the
+rows' lengths and not on the layer, so they are made with the metadata: in a scan over
+layers XLA would compute them in every layer anew. Made they are for what is known of
+the layers here, which does not include their query heads: in a decode step these do not
+matter, and in a mixed step the rest is left to the layers.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from kvcache.config import CacheConfig
+from kvcache.kv import KVStore
+from kvcache.metadata import StepMetadata
+from pallas_kernels import paged_attention
+from pallas_kernels.paged_attention import Plan
+
+
+def make(
+  config: CacheConfig, stores: Sequence[KVStore], metadata: StepMetadata
+) -> tuple[Plan | None, ...]:
+  """The plan of each of `config.groups`; None where there is nothing to plan."""
+
+  def plan(store: KVStore, sliding_window: int | None) -> Plan | None:
+    # Without touching the arrays, of which a view would be a copy outside of jit.
+    k, v = (
+      None if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+      for x in (store.k, store.v)
+    )
+    assert k is not None
+    return paged_attention.plan(
+      k,
+      v,
+      metadata.seq_lens,
+      metadata.cu_seqlens,
+      num_tokens=metadata.num_tokens,
+      max_blocks=metadata.block_tables.shape[-1],
+      max_query_len=1 if metadata.is_decode else None,
+      sliding_window=sliding_window,
+    )
+
+  return tuple(
+    plan(store, group.layer.sliding_window)
+    for store, group in zip(stores, config.groups, strict=True)
+  )

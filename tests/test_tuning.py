@@ -1,0 +1,148 @@
+"""Settings are those of the device's table, and the search for them finds the best."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu_loop, tune
+from pallas_kernels.paged_attention import mosaic_sm90, triton, tuning
+from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
+from tests import deviceless
+
+FIELDS = {field.name for field in dataclasses.fields(tuning.Settings)}
+RULE = tuning.Settings(tile_kv=64, num_stages=3, min_split=256, num_programs=264)
+
+
+def pools(name):
+  shapes = named(name).shapes(num_seqs=1, num_blocks=9, max_blocks=1, num_tokens=1)
+  return shapes["k"], shapes["v"]
+
+
+# --- The table ------------------------------------------------------------------------
+
+
+def test_the_installed_table_is_one():
+  known = tune.classes(ARG_SPECS)
+  for kind, kernels in tuning.measured().items():
+    assert kind and kernels.keys() <= set(tuning.KERNELS)
+    for entries in kernels.values():
+      assert entries.keys() <= known.keys()
+      for changes in entries.values():
+        assert changes.keys() <= FIELDS
+        assert all(value > 0 for value in changes.values())
+
+
+@pytest.mark.parametrize(
+  ("name", "shape_class"),
+  [
+    ("llama-3-8b", "128x128 bfloat16"),
+    ("llama-3-8b fp8", "128x128 uint8"),
+    ("deepseek-v3 tp8", "576xlatent bfloat16"),
+  ],
+)
+def test_settings_are_looked_up_by_what_a_token_is(name, shape_class):
+  assert tuning.shape_class(*pools(name)) == shape_class
+
+
+def test_what_was_measured_on_a_kind_of_device_holds_there_alone(monkeypatch):
+  entries = {"128x128 bfloat16": {"num_stages": 4, "min_split": 512}}
+  table = {deviceless.DEVICE.device_kind: {"triton split": entries}}
+  monkeypatch.setattr(tuning, "measured", lambda: table)
+  k, v = pools("llama-3-8b")
+  with deviceless.gpu():
+    assert tuning.settle("triton split", k, v, RULE) == dataclasses.replace(
+      RULE, num_stages=4, min_split=512
+    )
+    assert tuning.settle("triton fill", k, v, RULE) == RULE
+    assert tuning.settle("triton split", *pools("llama-3-8b fp8"), RULE) == RULE
+    with tuning.trying("triton split", {"tile_kv": 32}):
+      assert tuning.settle("triton split", k, v, RULE) == dataclasses.replace(
+        RULE, tile_kv=32
+      )
+  with deviceless.gpu(deviceless.A100):
+    assert tuning.settle("triton split", k, v, RULE) == RULE
+
+
+def test_kernels_cut_rows_by_their_settings():
+  k, v = pools("llama-3-8b")
+  sizes = {"num_tokens": 4, "max_len": 4096, "max_query_len": 1}
+  changes = {"min_split": 1024, "num_programs": 528}
+  for kernel, backend in (("triton split", triton), ("mosaic split", mosaic_sm90)):
+    with tuning.trying(kernel, changes):
+      (cut,) = backend.cuts(k, v, q=None, sliding_window=None, **sizes)
+    assert (cut.tile_kv, cut.min_tiles, cut.max_splits) == (64, 16, 64)
+
+
+# --- The search -----------------------------------------------------------------------
+
+
+def test_the_search_keeps_what_is_faster_and_no_noise():
+  choices = {"tile_kv": (16, 32, 128), "num_stages": (2, 3), "num_warps": (2, 8)}
+  tried = []
+
+  def seconds(changes):
+    tried.append(dict(changes))
+    if changes.get("tile_kv") == 128:
+      return math.inf
+    time = 1.0 if changes.get("tile_kv") == 32 else 2.0
+    time -= 0.5 * (changes.get("num_warps") == 8)
+    return time - 0.001 * (changes.get("num_stages") == 2)  # noise
+
+  best, gain = tune.search(seconds, choices)
+  assert best == {"tile_kv": 32, "num_warps": 8} and gain == pytest.approx(0.75)
+  assert len(tried) == 1 + 3 + 2 + 2
+
+
+def test_a_class_is_tuned_on_its_widest_group_too():
+  found = tune.classes(ARG_SPECS)
+  names = [spec.name for spec in found["128x128 bfloat16"]]
+  assert names == ["llama-3-8b", "qwen-3-235b-a22b"]
+  assert all(found.values())
+
+
+def test_the_table_keeps_other_devices_and_forgets_what_is_no_better():
+  table = {"other": {"triton split": {"a": {"tile_kv": 16}}}}
+  tune.enter(table, "mine", "triton split", "a", {"tile_kv": 32})
+  tune.enter(table, "mine", "triton split", "b", {"num_warps": 8})
+  tune.enter(table, "mine", "triton split", "a", {})
+  assert table == {
+    "other": {"triton split": {"a": {"tile_kv": 16}}},
+    "mine": {"triton split": {"b": {"num_warps": 8}}},
+  }
+
+
+def test_a_dry_run_tries_settings_and_writes_a_table(tmp_path, monkeypatch, capsys):
+  times = iter([3e-3, 2e-3, 4e-3, 5e-3])
+  monkeypatch.setattr(gpu_loop, "call_seconds", lambda chain, seconds: next(times))
+  path = tmp_path / "tuned.json"
+  tune.main(["--dry-run", "--out", str(path)])
+  name = "64x64 bfloat16"
+  assert json.loads(path.read_text("utf-8")) == {
+    jax.devices()[0].device_kind: {
+      "triton split": {name: {"tile_kv": 32}},
+      "triton fill": {},
+    }
+  }
+  out = capsys.readouterr().out
+  assert "33% faster" in out and "as it is" in out and "Error" not in out
+
+
+def test_settings_with_wrong_results_are_not_taken(monkeypatch):
+  monkeypatch.setattr(gpu_loop, "call_seconds", lambda chain, seconds: 1.0)
+  case = tune.Case("triton split", (), tune.TINY)
+  case.batches, case._wanted = (None,), (jnp.ones(3),)
+  monkeypatch.setattr(case, "_time", lambda batch: 1.0)
+  for result, time in ((1.01, 1.0), (2.0, math.inf), (jnp.nan, math.inf)):
+    monkeypatch.setattr(case, "_results", lambda batch, x=result: jnp.full(3, x))
+    assert case.seconds({}) == time
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+  with pytest.raises(SystemExit, match="needs a GPU"):
+    tune.main([])
+  with pytest.raises(SystemExit, match="a dry run needs --out"):
+    tune.main(["--dry-run"])
