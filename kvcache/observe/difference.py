@@ -111,6 +111,8 @@ def _is_same(old: BlockMap, new: BlockMap, row: int) -> bool:
     return False
   before, after = old.row_tokens(row), new.row_tokens(row)
   num = min(before.size, after.size)
+  if not num:  # a row that lost every token is a new one, not yet computed
+    return not before.size
   return bool(np.array_equal(before[:num], after[:num]))
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _MAX_CELLS = 4096  # blocks drawn one by one in one pool; more are binned
 _PARTS = 8  # of a binned cell, which shows shares
+_MAX_LINED = 1024  # cells with lines between them
 _NULL_COLOR = "#ffffff"
 
 
@@ -46,6 +47,8 @@ def plot_blocks(ctx: Context | BlockMap, *, figure: "Figure | None" = None) -> "
   axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
   for axis, pool, (grid, width) in zip(axes, found.pools, grids, strict=False):
     _show(axis, grid)
+    if grid.size <= _MAX_LINED:
+      _draw_lines(axis, grid.shape)
     scale = "" if width == 1 else f" ({width} blocks to a cell)"
     axis.set_title(f"{pool.name}: {text.counts(pool)}{scale}", loc="left", fontsize=9)
     axis.set_xticks([])
@@ -188,6 +191,13 @@ def _show(axis: "Axes", grid: np.ndarray, **kwargs: Any) -> None:
   axis.spines[:].set_visible(False)
 
 
+def _draw_lines(axis: "Axes", shape: tuple[int, ...]) -> None:
+  for line in range(1, shape[0]):
+    axis.axhline(line - 0.5, color=_NULL_COLOR, linewidth=1.5)
+  for column in range(1, shape[1]):
+    axis.axvline(column - 0.5, color=_NULL_COLOR, linewidth=1)
+
+
 def _plot_rows(axis: "Axes", found: BlockMap) -> None:
   rows, size = found.rows, found.config.block_size
   most = max(max(len(found.row_blocks(row)) for row in rows), 1)
@@ -200,6 +210,9 @@ def _plot_rows(axis: "Axes", found: BlockMap) -> None:
     for line, row in enumerate(rows):
       axis.plot([found.seq_len(row)] * 2, [line - 0.4, line + 0.4], color="black", lw=1)
       axis.axhline(line + 0.5, color=_NULL_COLOR, linewidth=1.5)
+  if most <= 128:
+    for column in range(1, most):
+      axis.axvline(column * size, color=_NULL_COLOR, linewidth=0.6)
   if len(rows) <= 32:
     axis.set_yticks(range(len(rows)), [f"row {row}" for row in rows], fontsize=8)
   axis.tick_params(length=0, labelsize=8)
