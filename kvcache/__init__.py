@@ -85,7 +85,13 @@ from kvcache.observe import (
   stats,
 )
 from kvcache.prefix import PrefixIndex
-from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
+from kvcache.requests import (
+  FinishReason,
+  make_requests,
+  Requests,
+  RequestStatus,
+  WaitReason,
+)
 from kvcache.sampling import SamplingParams, SamplingSettings
 from kvcache.scheduler import SchedulerConfig
 from kvcache.search import beam_search, best_of, SearchResult
@@ -155,6 +161,7 @@ __all__ = [
   "Status",
   "StepMetadata",
   "TokenBudgetError",
+  "WaitReason",
   "WindowBlocks",
   "WindowView",
   "admit",

@@ -277,6 +277,21 @@ def serve(
 ) -> tuple[Context, Requests, Any, History]: ...
 
 
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: Drafter | None,
+  draft_state: Any,
+  history: History | None,
+) -> tuple[Any, ...]: ...
+
+
 def serve(
   model: Model,
   ctx: Context,

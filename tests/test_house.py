@@ -29,7 +29,7 @@ FLOORS = (
   {"context"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
-  {"handoff"},
+  {"handoff", "terminal"},
   {"scheduler", "speculation", "draft_model"},
   {"serve", "search"},
   {"checkpoint"},
@@ -37,7 +37,7 @@ FLOORS = (
   {"kvcache"},
   {"nn"},
   {"models"},
-  {"prompts", "report", "terminal"},
+  {"prompts", "report"},
   {"cli"},
   {"__main__"},
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 import numpy as np
 
 from kvcache.blocks import BlockPool
@@ -124,7 +125,7 @@ class BlockMap:
 def obstacle(ctx: Context) -> str | None:
   """Why a context's bookkeeping cannot be read on the host; None if it can."""
   leaves = jax.tree.leaves((ctx.tables, ctx.counters))
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+  if any(isinstance(leaf, Tracer) for leaf in leaves):
     return "traced"
   if any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in leaves):
     return "donated"

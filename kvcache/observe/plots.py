@@ -34,7 +34,6 @@ def plot_blocks(ctx: Context | BlockMap, *, figure: "Figure | None" = None) -> "
     ImportError: matplotlib is not installed.
     ValueError: The context cannot be read on the host.
   """
-  plt = _pyplot()
   found = block_map.as_block_map(ctx)
   grids = [_grid(pool) for pool in found.pools]
   heights = [max(0.35, 0.13 * grid.shape[0]) for grid, _ in grids]
@@ -43,7 +42,7 @@ def plot_blocks(ctx: Context | BlockMap, *, figure: "Figure | None" = None) -> "
     heights.append(min(4.0, max(0.4, 0.2 * num_rows)))
   if figure is None:
     size = (9.6, 0.6 + sum(heights) + 0.55 * len(heights))
-    figure = plt.figure(figsize=size, layout="constrained")
+    figure = _new_figure(size)
   axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
   for axis, pool, (grid, width) in zip(axes, found.pools, grids, strict=False):
     _show(axis, grid)
@@ -79,13 +78,12 @@ def plot_history(history: History, *, figure: "Figure | None" = None) -> "Figure
     ImportError: matplotlib is not installed.
     ValueError: The history has no samples.
   """
-  plt = _pyplot()
   series = history.series()
   step = series["step"]
   if not step.size:
     raise ValueError("history has no samples")
   if figure is None:
-    figure = plt.figure(figsize=(9.6, 7.2), layout="constrained")
+    figure = _new_figure((9.6, 7.2))
   blocks, requests, rate, tokens = figure.subplots(
     4, 1, sharex=True, height_ratios=[3, 2, 1.3, 1.6]
   )
@@ -146,14 +144,14 @@ def plot_history(history: History, *, figure: "Figure | None" = None) -> "Figure
   return figure
 
 
-def _pyplot() -> Any:
+def _new_figure(size: tuple[float, float]) -> "Figure":
   try:
     import matplotlib.pyplot as plt
   except ImportError as error:
     raise ImportError(
       "pictures need matplotlib: pip install 'kvcache-jax[plots]'"
     ) from error
-  return plt
+  return plt.figure(figsize=size, layout="constrained")
 
 
 def _grid(pool: PoolMap) -> tuple[np.ndarray, int]:
