@@ -70,9 +70,28 @@ from kvcache.handoff import (
 from kvcache.kv import KVStore
 from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
 from kvcache.metadata import SharedPrefix, StepMetadata, WindowView
-from kvcache.observe import Events, events, Stats, stats
+from kvcache.observe import (
+  BlockMap,
+  diff,
+  Difference,
+  Events,
+  events,
+  History,
+  make_history,
+  map_blocks,
+  plot_blocks,
+  plot_history,
+  Stats,
+  stats,
+)
 from kvcache.prefix import PrefixIndex
-from kvcache.requests import FinishReason, make_requests, Requests, RequestStatus
+from kvcache.requests import (
+  FinishReason,
+  make_requests,
+  Requests,
+  RequestStatus,
+  WaitReason,
+)
 from kvcache.sampling import SamplingParams, SamplingSettings
 from kvcache.scheduler import SchedulerConfig
 from kvcache.search import beam_search, best_of, SearchResult
@@ -99,6 +118,7 @@ __all__ = [
   "NULL_STATE",
   "Admission",
   "AttentionLayer",
+  "BlockMap",
   "BlockOverflowError",
   "BlockPool",
   "CacheConfig",
@@ -107,11 +127,13 @@ __all__ = [
   "Completion",
   "Context",
   "Counters",
+  "Difference",
   "DraftModel",
   "Drafter",
   "EmptySequenceError",
   "Events",
   "FinishReason",
+  "History",
   "InactiveSequenceError",
   "InvalidRequestError",
   "InvariantError",
@@ -139,6 +161,7 @@ __all__ = [
   "Status",
   "StepMetadata",
   "TokenBudgetError",
+  "WaitReason",
   "WindowBlocks",
   "WindowView",
   "admit",
@@ -149,6 +172,7 @@ __all__ = [
   "check_invariants",
   "checked",
   "commit",
+  "diff",
   "events",
   "evict",
   "evict_snapshots",
@@ -162,8 +186,12 @@ __all__ = [
   "has_checkpoint",
   "import_sequences",
   "init",
+  "make_history",
   "make_requests",
+  "map_blocks",
   "offload",
+  "plot_blocks",
+  "plot_history",
   "publish",
   "raise_for_status",
   "read_state",

@@ -235,6 +235,7 @@ def _serve(
     num_blocks=config.num_blocks - 1,
     progress=progress,
     quiet=options.quiet,
+    keeps_map=options.picture,
   )
   ctx, completions = generate(
     nn.as_function(loaded.model),

@@ -8,6 +8,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -223,6 +224,16 @@ class CacheConfig:
   snapshot_interval: int = 16
   num_window_blocks: int | None = None
   max_drafts: int = 0
+
+  def __repr__(self) -> str:
+    # Models have dozens of equal layers, and every print of a context shows them.
+    runs = (
+      f"({layer!r},)" + (f" * {num}" if num > 1 else "")
+      for layer, num in ((k, len(list(g))) for k, g in itertools.groupby(self.layers))
+    )
+    fields = (f for f in dataclasses.fields(self) if f.name != "layers")
+    sizes = (f"{field.name}={getattr(self, field.name)!r}" for field in fields)
+    return f"CacheConfig(layers={' + '.join(runs)}, {', '.join(sizes)})"
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))

@@ -5,6 +5,7 @@ row that cannot be served is returned as it was, with a `Status` that says why. 
 own `jax.jit`; with `donate_argnums=0` nothing the size of the cache is ever copied.
 """
 
+from collections.abc import Callable
 import functools
 
 import flax.struct
@@ -95,6 +96,24 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
   def with_tables(self, tables: Tables) -> "Context":
     """The same context with other bookkeeping."""
     return self.replace(**tables._asdict())
+
+  def __repr__(self) -> str:
+    return _VIEWS["text"](self)
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: a map of the blocks."""
+    return _VIEWS["html"](self)
+
+
+_VIEWS: dict[str, Callable[[Context], str]] = {}
+
+
+def register_view(name: str, view: Callable[[Context], str]) -> None:
+  """Says how a context is shown, as `"text"` or `"html"`.
+
+  `kvcache.observe` calls it: pictures know contexts, and not the other way around.
+  """
+  _VIEWS[name] = view
 
 
 def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -20,11 +21,13 @@ from kvcache import checkpoint, observe, sampling
 from kvcache import requests as rq
 from kvcache.context import Context
 from kvcache.errors import Status
-from kvcache.requests import FinishReason, Requests, RequestStatus
+from kvcache.observe import History
+from kvcache.requests import FinishReason, Requests, RequestStatus, WaitReason
 from kvcache.sampling import Sampler, SamplingParams
 from kvcache.scheduler import SchedulerConfig
 from kvcache.serve import Model, serve
 from kvcache.speculation import Drafter
+from kvcache.terminal import PoolSample, ProgressLine, RunProgress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Completion:
     num_cached: Prompt tokens found in the cache.
     num_preemptions: How often it was sent back to wait.
     logprobs: Log-probabilities of `tokens`, if recorded.
+    waited: Steps in which nothing of it was computed, by `WaitReason`.
   """
 
   request_id: int
@@ -50,6 +54,7 @@ class Completion:
   num_cached: int
   num_preemptions: int
   logprobs: list[float] | None
+  waited: dict[WaitReason, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,11 @@ class Slice:
     stats: `observe.Stats` of the context, on the host.
     finished: Requests that ended in this slice.
     running: Output tokens so far of each request that is running, by request id.
+    ctx: The context, until the callback returns: the next slice takes it over. Keep
+      `kvcache.map_blocks` of it.
+    history: On the host, if it was asked for: the newest samples, also of slices
+      before.
+    waits: Why each request that gets nothing computed waits, by request id.
   """
 
   num_steps: int
@@ -79,6 +89,9 @@ class Slice:
   stats: observe.Stats
   finished: list[Completion]
   running: dict[int, list[int]]
+  ctx: Context | None = None
+  history: History | None = None
+  waits: dict[int, WaitReason] = dataclasses.field(default_factory=dict)
 
 
 def generate(
@@ -97,6 +110,8 @@ def generate(
   on_slice: Callable[[Slice], None] | None = None,
   drafter: Drafter | None = None,
   checkpoints: str | pathlib.Path | None = None,
+  history: int | None = None,
+  progress: bool = False,
 ) -> tuple[Context, list[Completion]]:
   """Generates from prompts: `serve` in slices, with a look at the progress after each.
 
@@ -118,6 +133,9 @@ def generate(
     checkpoints: Folder to which context and requests are saved after each slice. If it
       holds a checkpoint of the same prompts, the work goes on from there, with the
       same bits: a process that dies loses one slice of work at most.
+    history: Samples to keep of how memory and requests were doing; `Slice.history` has
+      them. It begins anew when work goes on from a checkpoint.
+    progress: Whether to show a line of progress on stderr, if that is a terminal.
 
   Returns:
     The context after, and one completion per prompt, in order.
@@ -151,47 +169,80 @@ def generate(
   if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
     ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
   draft_state = None if drafter is None else _init_drafter(drafter)
+  samples = None if history is None else observe.make_history(history)
+  line = ProgressLine(sys.stderr, enabled=progress)
+  run = RunProgress(line, num_blocks=ctx.config.num_blocks - 1)
   reported: dict[int, Completion] = {}
   start = time.perf_counter()
   while len(reported) < len(prompts):
-    ctx, requests, draft_state = _serve_slice(
-      model,
-      ctx,
-      requests,
-      drafter,
-      draft_state,
-      jnp.int32(slice_steps),
-      scheduler=scheduler,
-      sampler=sampler,
-    )
-    if checkpoints is not None:
-      checkpoint.save_checkpoint(checkpoints, ctx, requests)
-    host = jax.device_get(requests.replace(settings=None))
-    finished = [
-      _completion(host, prompts, i)
-      for i in map(int, np.flatnonzero(host.status == RequestStatus.FINISHED))
-      if i not in reported
-    ]
-    reported |= {completion.request_id: completion for completion in finished}
-    if on_slice is not None:
-      on_slice(
-        Slice(
-          num_steps=int(host.num_steps),
-          num_requests=len(prompts),
-          num_finished=len(reported),
-          num_tokens=int(np.sum(host.lengths - host.prompt_lens)),
-          num_drafts=int(host.num_drafts),
-          num_accepted=int(host.num_accepted),
-          seconds=time.perf_counter() - start,
-          stats=jax.device_get(_stats(ctx)),
-          finished=finished,
-          running={
-            int(i): _output(host, int(i))
-            for i in np.flatnonzero(host.status == RequestStatus.RUNNING)
-          },
-        )
+    with _annotate("serve"):
+      ctx, requests, draft_state, samples = _serve_slice(
+        model,
+        ctx,
+        requests,
+        drafter,
+        draft_state,
+        samples,
+        jnp.int32(slice_steps),
+        scheduler=scheduler,
+        sampler=sampler,
       )
+    if checkpoints is not None:
+      with _annotate("checkpoint"):
+        checkpoint.save_checkpoint(checkpoints, ctx, requests)
+    with _annotate("collect"):
+      host = jax.device_get(requests.replace(settings=None))
+      finished = [
+        _completion(host, prompts, i)
+        for i in map(int, np.flatnonzero(host.status == RequestStatus.FINISHED))
+        if i not in reported
+      ]
+      reported |= {completion.request_id: completion for completion in finished}
+    if on_slice is None and not line.enabled:
+      continue
+    with _annotate("report"):
+      part = Slice(
+        num_steps=int(host.num_steps),
+        num_requests=len(prompts),
+        num_finished=len(reported),
+        num_tokens=int(np.sum(host.lengths - host.prompt_lens)),
+        num_drafts=int(host.num_drafts),
+        num_accepted=int(host.num_accepted),
+        seconds=time.perf_counter() - start,
+        stats=jax.device_get(_stats(ctx)),
+        finished=finished,
+        running={
+          int(i): _output(host, int(i))
+          for i in np.flatnonzero(host.status == RequestStatus.RUNNING)
+        },
+        ctx=ctx,
+        history=jax.device_get(samples),
+        waits={
+          int(i): WaitReason(host.wait_reason[i])
+          for i in np.flatnonzero(host.wait_reason != WaitReason.NONE)
+        },
+      )
+      if on_slice is not None:
+        line.clear()
+        on_slice(part)
+      _show_progress(run, part)
+  line.clear()
   return ctx, [reported[i] for i in range(len(prompts))]
+
+
+def _show_progress(run: RunProgress, part: Slice) -> None:
+  used, cached = int(part.stats.num_in_use), int(part.stats.num_evictable)
+  run.add(
+    PoolSample(step=part.num_steps, used=used, cached=cached),
+    num_tokens=part.num_tokens,
+    seconds=part.seconds,
+  )
+  run.show(num_finished=part.num_finished, num_requests=part.num_requests)
+
+
+def _annotate(name: str) -> jax.profiler.TraceAnnotation:
+  """A span on the host's line of a profile, which Perfetto shows."""
+  return jax.profiler.TraceAnnotation(f"kvcache.{name}")
 
 
 _stats = jax.jit(observe.stats)
@@ -199,7 +250,7 @@ _init_drafter = jax.jit(lambda drafter: drafter.init())
 
 
 @functools.partial(
-  jax.jit, donate_argnums=(1, 2, 4), static_argnames=("scheduler", "sampler")
+  jax.jit, donate_argnums=(1, 2, 4, 5), static_argnames=("scheduler", "sampler")
 )
 def _serve_slice(
   model: Model,
@@ -207,23 +258,25 @@ def _serve_slice(
   requests: Requests,
   drafter: Drafter | None,
   draft_state: Any,
+  history: History | None,
   max_steps: Array,
   *,
   scheduler: SchedulerConfig,
   sampler: Sampler,
-) -> tuple[Context, Requests, Any]:
-  run = functools.partial(
-    serve,
+) -> tuple[Context, Requests, Any, History | None]:
+  ctx, requests, *rest = serve(
     model,
     ctx,
     requests,
     scheduler=scheduler,
     sampler=sampler,
     max_steps=max_steps,
+    drafter=drafter,
+    draft_state=draft_state,
+    history=history,
   )
-  if drafter is None:
-    return *run(), None
-  return run(drafter=drafter, draft_state=draft_state)
+  draft_state = None if drafter is None else rest.pop(0)
+  return ctx, requests, draft_state, rest.pop(0) if rest else None
 
 
 def _output(host: Any, index: int) -> list[int]:
@@ -244,4 +297,5 @@ def _completion(host: Any, prompts: list[list[int]], index: int) -> Completion:
     num_cached=int(host.num_cached[index]),
     num_preemptions=int(host.num_preemptions[index]),
     logprobs=logprobs,
+    waited=host.waited(index),
   )

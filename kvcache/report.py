@@ -5,18 +5,13 @@ import sys
 
 from kvcache import terminal
 from kvcache.generation import Completion, Slice
+from kvcache.observe import BlockMap, map_blocks
 from kvcache.prompts import Prompt
-from kvcache.terminal import PoolSample, ProgressLine, Style
-
-_GRAPH_WIDTH = 16
+from kvcache.terminal import PoolSample, ProgressLine, RunProgress, Style
 
 
 class Report:
-  """Prints texts as they finish, and remembers how the pool was used.
-
-  Attributes:
-    samples: How the pool was used after each slice.
-  """
+  """Prints texts as they finish, and remembers how the pool was used."""
 
   def __init__(
     self,
@@ -26,6 +21,7 @@ class Report:
     num_blocks: int,
     progress: ProgressLine,
     quiet: bool = False,
+    keeps_map: bool = False,
   ):
     """Starts a report.
 
@@ -35,55 +31,53 @@ class Report:
       num_blocks: Usable blocks of the pool.
       progress: Where to show how far the run is.
       quiet: Whether to print the texts and nothing else.
+      keeps_map: Whether `picture` shows the blocks when most of them were in use.
     """
     self.prompts, self.decode, self.num_blocks = prompts, decode, num_blocks
     self.progress, self.quiet = progress, quiet
     self.style = Style.of(sys.stdout)
-    self.samples: list[PoolSample] = []
-    self._times: list[tuple[int, float]] = []  # tokens and seconds after each slice
+    self._run = RunProgress(progress, num_blocks=num_blocks)
+    self._keeps_map = keeps_map
+    self._fullest: BlockMap | None = None
 
   def add(self, part: Slice) -> None:
     """Takes a slice of work; this is an `on_slice` of `kvcache.generate`."""
     used, cached = int(part.stats.num_in_use), int(part.stats.num_evictable)
-    self.samples.append(PoolSample(step=part.num_steps, used=used, cached=cached))
-    self._times.append((part.num_tokens, part.seconds))
+    peak = max((sample.used for sample in self._run.samples), default=-1)
+    if self._keeps_map and part.ctx is not None and used > peak:
+      self._fullest = map_blocks(part.ctx)
+    self._run.add(
+      PoolSample(step=part.num_steps, used=used, cached=cached),
+      num_tokens=part.num_tokens,
+      seconds=part.seconds,
+    )
     self.progress.clear()
     for completion in part.finished:
       self._show(completion)
-    recent = [sample.used for sample in self.samples[-_GRAPH_WIDTH:]]
-    graph = terminal.sparkline(recent, top=self.num_blocks, style=self.progress.style)
-    self.progress.show(
-      f"{part.num_finished}/{part.num_requests} finished, {part.num_tokens} tokens,"
-      f" {self.tokens_per_second:.0f} tokens/s,"
-      f" blocks {graph} {used}/{self.num_blocks}"
-    )
-
-  @property
-  def tokens_per_second(self) -> float:
-    """Without the first slice, which waits for the compiler."""
-    (tokens, seconds), (first_tokens, first_seconds) = self._times[-1], self._times[0]
-    if seconds > first_seconds:
-      return (tokens - first_tokens) / (seconds - first_seconds)
-    return tokens / seconds if seconds else 0.0
+    self._run.show(num_finished=part.num_finished, num_requests=part.num_requests)
 
   def picture(self) -> str:
-    """Returns the chart of the pool's blocks over the steps."""
+    """Returns the pool's blocks over the steps, and all blocks when it was fullest."""
     chart = terminal.pool_chart(
-      self.samples, num_blocks=self.num_blocks, style=self.style
+      self._run.samples, num_blocks=self.num_blocks, style=self.style
     )
-    return f"blocks of the pool ({self.num_blocks}) over the steps\n{chart}"
+    text = f"blocks of the pool ({self.num_blocks}) over the steps\n{chart}"
+    if self._fullest is not None:
+      blocks = terminal.block_chart(self._fullest, style=self.style)
+      text += f"\n\nthe memory when it was fullest\n{blocks}"
+    return text
 
   def summary(self, completions: Sequence[Completion]) -> str:
     """Returns what the run was like, in a few lines."""
-    tokens, seconds = self._times[-1]
+    tokens, seconds = self._run.times[-1]
     asked = sum(len(completion.prompt_tokens) for completion in completions)
     cached = sum(completion.num_cached for completion in completions)
     preempted = sum(completion.num_preemptions for completion in completions)
-    peak = max(sample.used for sample in self.samples)
+    peak = max(sample.used for sample in self._run.samples)
     return (
       f"{len(completions)} prompts, {tokens} tokens in {seconds:.1f} s:"
-      f" {self.tokens_per_second:.1f} tokens/s after the first"
-      f" {self._times[0][1]:.1f} s, which compile\n"
+      f" {self._run.tokens_per_second:.1f} tokens/s after the first"
+      f" {self._run.times[0][1]:.1f} s, which compile\n"
       f"prefix hit rate: {cached / asked:.1%} ({cached} of {asked} prompt tokens)\n"
       f"blocks: at most {peak} of {self.num_blocks} in use; {preempted} preemptions"
     )

@@ -46,6 +46,25 @@ class FinishReason(enum.IntEnum):
   """It can never be served; `refusals` says why."""
 
 
+class WaitReason(enum.IntEnum):
+  """Why a request gets nothing computed in a step."""
+
+  NONE = 0
+  """It does, or it has ended."""
+  NO_ROW = 1
+  """Every row is taken."""
+  NO_BLOCKS = 2
+  """There are too few blocks for it, or for one before it."""
+  NO_WINDOW_BLOCKS = 3
+  """The pool of a sliding window has too few blocks for it."""
+  SHARED = 4
+  """It waits for another one to compute a prefix that it will adopt."""
+  QUEUED = 5
+  """Only `max_admissions` requests before it were looked at."""
+  BUDGET = 6
+  """It has a row, but others had the step's whole token budget."""
+
+
 class Requests(flax.struct.PyTreeNode, kw_only=True):
   """`Q` requests; `C` is the longest that any of them can get.
 
@@ -64,9 +83,13 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
     stop_tokens: `[Q, E]` int32, padded with `NO_TOKEN`.
     num_cached: `[Q]` int32. Prompt tokens found in the cache when first admitted.
     num_preemptions: `[Q]` int32.
+    wait_reason: `[Q]` int32 `WaitReason`, as the scheduler left it.
+    num_waited: `[Q, len(WaitReason)]` int32. Steps until `num_scheduled` in which it
+      got nothing computed, by reason.
     logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not
       wanted.
     num_steps: `[]` int32. Model steps run for these requests.
+    num_scheduled: `[]` int32. `num_steps` when the scheduler last looked at them.
     num_drafts: `[]` int32. Tokens guessed by a drafter.
     num_accepted: `[]` int32. Those of them that were right.
   """
@@ -85,8 +108,11 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
   stop_tokens: Array
   num_cached: Array
   num_preemptions: Array
+  wait_reason: Array
+  num_waited: Array
   logprobs: Array | None
   num_steps: Array
+  num_scheduled: Array
   num_drafts: Array
   num_accepted: Array
 
@@ -99,6 +125,43 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
   def capacity(self) -> int:
     """`C`."""
     return self.tokens.shape[-1]
+
+  def waited(self, index: int) -> dict[WaitReason, int]:
+    """Steps that a request waited so far, by reason; call it outside `jax.jit`."""
+    since = int(self.num_steps) - int(self.num_scheduled)
+    steps = np.asarray(self.num_waited[index]).copy()
+    steps[int(self.wait_reason[index])] += since
+    return {why: int(steps[why]) for why in WaitReason if why and steps[why]}
+
+  def explain(self, index: int) -> str:
+    """Tells in words what became of a request and why it waited."""
+    status = RequestStatus(int(self.status[index]))
+    text = f"request {index}: {status.name.lower()}"
+    reason = FinishReason(int(self.finish_reason[index]))
+    if reason is FinishReason.REFUSED:
+      text += f", refused ({Status(int(self.refusals[index])).name})"
+    elif reason is not FinishReason.NONE:
+      text += f" ({reason.name.lower()})"
+    prompt, length = int(self.prompt_lens[index]), int(self.lengths[index])
+    text += f"; {prompt} prompt tokens, {int(self.num_cached[index])} of them cached"
+    text += f"; {length - prompt} new tokens"
+    if waited := self.waited(index):
+      told = (f"{num} {_WAITS[why]}" for why, num in waited.items())
+      text += f"; waited {sum(waited.values())} steps: {', '.join(told)}"
+    times = int(self.num_preemptions[index])
+    if times:
+      text += f"; preempted {times} time{'s' * (times > 1)}"
+    return text
+
+
+_WAITS = {
+  WaitReason.NO_ROW: "for a row",
+  WaitReason.NO_BLOCKS: "for blocks",
+  WaitReason.NO_WINDOW_BLOCKS: "for blocks of a window",
+  WaitReason.SHARED: "for a prefix that another computed",
+  WaitReason.QUEUED: "behind others in the queue",
+  WaitReason.BUDGET: "for the token budget",
+}
 
 
 class Batch(flax.struct.PyTreeNode, kw_only=True):
@@ -208,8 +271,11 @@ def make_requests(
     stop_tokens=jnp.asarray(stop_array),
     num_cached=full(0),
     num_preemptions=full(0),
+    wait_reason=full(WaitReason.NONE),
+    num_waited=jnp.zeros((num, len(WaitReason)), jnp.int32),
     logprobs=jnp.zeros((num, width), jnp.float32) if logprobs else None,
     num_steps=jnp.int32(0),
+    num_scheduled=jnp.int32(0),
     num_drafts=jnp.int32(0),
     num_accepted=jnp.int32(0),
   )

@@ -23,6 +23,7 @@ from kvcache.requests import (
   MAX_PRIORITY,
   Requests,
   RequestStatus,
+  WaitReason,
 )
 
 Policy = Callable[[Context, Requests], Array]
@@ -113,11 +114,12 @@ def schedule(
   """
   check_budget(ctx, scheduler)
   policy = scheduler.admission
+  requests = _count_waits(requests)
   ctx, requests = _release_finished(context.publish(ctx), requests)
   ctx, requests, num_preempted = _preempt(ctx, requests, scheduler)
   order = policy(ctx, requests)
   ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, num_preempted)
-  ctx, plan = _share_budget(ctx, requests, scheduler, policy(ctx, requests))
+  ctx, requests, plan = _share_budget(ctx, requests, scheduler, policy(ctx, requests))
   return ctx, requests, plan.replace(is_stalled=is_stalled)
 
 
@@ -182,6 +184,17 @@ def num_snapshots_lacking(ctx: Context, query_lens: Array) -> Array:
     return jnp.int32(0)
   wants = (query_lens > 0) & (query_lens >= stepping.tokens_to_snapshot(ctx))
   return jnp.maximum(ragged.sum_int(wants) - rows.num_spare, 0)
+
+
+def _count_waits(requests: Requests) -> Requests:
+  """Counts the steps since the last call to what each request waited for in them."""
+  reasons = jnp.arange(len(WaitReason), dtype=jnp.int32)[None]
+  steps = requests.num_steps - requests.num_scheduled
+  waits = (requests.wait_reason[:, None] == reasons) & (reasons > 0)
+  return requests.replace(
+    num_waited=requests.num_waited + jnp.where(waits, steps, 0),
+    num_scheduled=requests.num_steps,
+  )
 
 
 def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Requests]:
@@ -260,6 +273,8 @@ def _admit(
   num_live = ragged.sum_int(ctx.sequences.is_active)
   budgets = _num_reachable(ctx) - num_live
   is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, budgets[1:])
+  reason = jnp.where(waits, WaitReason.SHARED, WaitReason.NO_ROW)
+  reason = jnp.where(is_crowded, WaitReason.NO_WINDOW_BLOCKS, reason)
   waits |= is_crowded
   ctx, admission = lifecycle.admit_published(
     ctx,
@@ -286,7 +301,20 @@ def _admit(
       int(FinishReason.REFUSED), mode="drop"
     ),
   )
-  lacks_blocks = is_crowded | (asked & (admission.status == Status.NO_BLOCKS))
+  no_blocks = asked & (admission.status == Status.NO_BLOCKS)
+  lacks_blocks = is_crowded | no_blocks
+  # Those not looked at wait for what would let anybody in.
+  reason = jnp.where(no_blocks, WaitReason.NO_BLOCKS, reason)
+  others = jnp.where(
+    jnp.all(ctx.sequences.is_active), WaitReason.NO_ROW, WaitReason.QUEUED
+  )
+  others = jnp.where(num_preempted > 0, WaitReason.NO_BLOCKS, others)
+  waiting = requests.status == RequestStatus.WAITING
+  reasons = jnp.where(waiting, others, WaitReason.NONE).astype(jnp.int32)
+  to = jnp.where(is_candidate & ~admitted & ~refused, candidates, num)
+  requests = requests.replace(
+    wait_reason=reasons.at[to].set(reason.astype(jnp.int32), mode="drop")
+  )
   return ctx, requests, jnp.any(lacks_blocks) | (num_preempted > 0)
 
 
@@ -380,7 +408,7 @@ def _row_order(order: Array, batch: Batch, mask: Array) -> Array:
 
 def _share_budget(
   ctx: Context, requests: Requests, scheduler: SchedulerConfig, order: Array
-) -> tuple[Context, Plan]:
+) -> tuple[Context, Requests, Plan]:
   """Decoding rows take one token each, prompts in order what is left of the budget."""
   config, table = ctx.config, ctx.sequences
   batch = running(ctx, requests)
@@ -411,7 +439,14 @@ def _share_budget(
   # A chunk shrinks to the blocks that are left; later ones wait.
   free_here = jnp.maximum(context.num_free(ctx) - (jnp.cumsum(need) - need), 0)
   room = (num_blocks + free_here) * size - seq_lens
+  over_budget = (wanted > 0) & (query_lens == 0)
   query_lens = jnp.clip(query_lens, 0, room)
+  reason = jnp.where(over_budget, WaitReason.BUDGET, WaitReason.NO_BLOCKS)
+  waits = (wanted > 0) & (query_lens == 0)
+  to = jnp.where(waits, batch.request_ids[rows], requests.num_requests)
+  requests = requests.replace(
+    wait_reason=requests.wait_reason.at[to].set(reason.astype(jnp.int32), mode="drop")
+  )
   query_lens = jnp.zeros_like(query_lens).at[rows].set(query_lens)
   if ctx.state_rows is not None:
     ctx, _ = context.evict_snapshots(ctx, num_snapshots_lacking(ctx, query_lens))
@@ -421,4 +456,4 @@ def _share_budget(
     has_prefill=jnp.any(left > 1),
     is_stalled=jnp.zeros((), bool),
   )
-  return ctx, plan
+  return ctx, requests, plan

@@ -20,6 +20,7 @@ from kvcache import scheduler as sch
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.metadata import StepMetadata
+from kvcache.observe.history import History, record
 from kvcache.requests import Batch, Requests, RequestStatus
 from kvcache.sampling import Sampler
 from kvcache.scheduler import Plan, SchedulerConfig
@@ -52,15 +53,19 @@ def _run_model(
   cascade: bool = False,
 ) -> tuple[Context, Requests, Batch]:
   """One step: make room, compute, store, sample."""
-  ctx, status = stepping.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
-  query_lens = jnp.where(status == Status.OK, query_lens, 0)
-  metadata = stepping.step_metadata(
-    ctx, query_lens, num_tokens=num_tokens, cascade=cascade
-  )
-  tokens = next_tokens(requests, batch, metadata)
-  logits, ctx = model(tokens, metadata, ctx)
-  ctx = stepping.commit(ctx, tokens, metadata)
-  requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
+  with jax.named_scope("extend"):
+    ctx, status = stepping.extend(ctx, query_lens, num_tokens=num_tokens, order=order)
+    query_lens = jnp.where(status == Status.OK, query_lens, 0)
+    metadata = stepping.step_metadata(
+      ctx, query_lens, num_tokens=num_tokens, cascade=cascade
+    )
+    tokens = next_tokens(requests, batch, metadata)
+  with jax.named_scope("model"):
+    logits, ctx = model(tokens, metadata, ctx)
+  with jax.named_scope("commit"):
+    ctx = stepping.commit(ctx, tokens, metadata)
+  with jax.named_scope("sample"):
+    requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
 
 
@@ -79,9 +84,10 @@ def _run_drafts(
   """
   S, num_each = ctx.config.max_seqs, 1 + drafter.num_drafts
   live = _live(ctx, batch)
-  draft_state, drafts, num_drafts = drafter.propose(
-    draft_state, requests, batch, sampler
-  )
+  with jax.named_scope("draft"):
+    draft_state, drafts, num_drafts = drafter.propose(
+      draft_state, requests, batch, sampler
+    )
   # Not beyond what the request may have; none if there are no blocks for all.
   room = jnp.maximum(batch.limits - 1 - batch.lengths, 0)
   most = jnp.minimum(room, drafter.num_drafts)
@@ -102,12 +108,14 @@ def _run_drafts(
   is_known = metadata.positions < batch.lengths[rows]
   known = next_tokens(requests, batch, metadata)
   tokens = jnp.where(is_known, known, drafts[rows, guess])
-  logits, ctx = model(tokens, metadata, ctx)
+  with jax.named_scope("model"):
+    logits, ctx = model(tokens, metadata, ctx)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
   positions = batch.lengths[:, None] + place
-  flat = sampler(logits, settings, positions.reshape(-1))
+  with jax.named_scope("sample"):
+    flat = sampler(logits, settings, positions.reshape(-1))
   logprobs = None
   if requests.logprobs is not None:
     logprobs = sampling.token_logprobs(logits, flat).reshape(S, num_each)
@@ -120,7 +128,8 @@ def _run_drafts(
     one = None if logprobs is None else logprobs[:, i]
     requests, batch = rq.append(requests, batch, sampled[:, i], mask, logprobs=one)
   num_new = batch.lengths - before
-  ctx = stepping.commit(ctx, tokens, metadata, accepted=num_new)
+  with jax.named_scope("commit"):
+    ctx = stepping.commit(ctx, tokens, metadata, accepted=num_new)
   num_accepted = jnp.sum(jnp.maximum(num_new - 1, 0), dtype=jnp.int32)
   return (
     ctx,
@@ -199,8 +208,9 @@ def step(
     scheduler: Static settings.
     sampler: How tokens are chosen.
   """
-  ctx, requests, plan = sch.schedule(ctx, requests, scheduler)
-  batch = sch.running(ctx, requests)
+  with jax.named_scope("schedule"):
+    ctx, requests, plan = sch.schedule(ctx, requests, scheduler)
+    batch = sch.running(ctx, requests)
   ctx, requests, batch = _mixed_step(
     model, ctx, requests, batch, plan, scheduler, sampler
   )
@@ -218,6 +228,7 @@ def serve(
   max_steps: int | Array | None = ...,
   drafter: None = None,
   draft_state: None = None,
+  history: None = None,
 ) -> tuple[Context, Requests]: ...
 
 
@@ -232,7 +243,53 @@ def serve(
   max_steps: int | Array | None = ...,
   drafter: Drafter,
   draft_state: Any = None,
+  history: None = None,
 ) -> tuple[Context, Requests, Any]: ...
+
+
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: None = None,
+  draft_state: None = None,
+  history: History,
+) -> tuple[Context, Requests, History]: ...
+
+
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: Drafter,
+  draft_state: Any = None,
+  history: History,
+) -> tuple[Context, Requests, Any, History]: ...
+
+
+@overload
+def serve(
+  model: Model,
+  ctx: Context,
+  requests: Requests,
+  *,
+  scheduler: SchedulerConfig = ...,
+  sampler: Sampler = ...,
+  max_steps: int | Array | None = ...,
+  drafter: Drafter | None,
+  draft_state: Any,
+  history: History | None,
+) -> tuple[Any, ...]: ...
 
 
 def serve(
@@ -245,7 +302,8 @@ def serve(
   max_steps: int | Array | None = None,
   drafter: Drafter | None = None,
   draft_state: Any = None,
-) -> tuple[Context, Requests] | tuple[Context, Requests, Any]:
+  history: History | None = None,
+) -> tuple[Any, ...]:
   """Serves requests until all have ended, without leaving the device.
 
   Jit it with the context and the requests donated. Rows of finished requests are
@@ -263,9 +321,12 @@ def serve(
       `metadata.logits_indices`.
     draft_state: What the drafter remembers: from the call before, to be donated like
       the context; `drafter.init()` if omitted.
+    history: Where to append a sample in each round of the outer loop; see
+      `kvcache.make_history`. Nothing is recorded, and nothing computed, without it.
 
   Returns:
-    The context and the requests after, and with a drafter its state.
+    The context and the requests after, with a drafter its state, and with a history
+    the history.
 
   Raises:
     ValueError: The token budget is less than the rows, or the drafter guesses more than
@@ -303,12 +364,13 @@ def serve(
     )
     return ctx, requests, batch, drafting, num_run + 1
 
-  def body(state: tuple[Context, Requests, Any]) -> tuple[Context, Requests, Any]:
-    ctx, requests, plan = sch.schedule(*state[:2], scheduler)
-    batch = sch.running(ctx, requests)
-    if drafter is not None and ctx.state_rows is not None:
-      lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
-      ctx, _ = context.evict_snapshots(ctx, lacking)
+  def body(state: tuple[Context, Requests, Any, History | None]):
+    with jax.named_scope("schedule"):
+      ctx, requests, plan = sch.schedule(*state[:2], scheduler)
+      batch = sch.running(ctx, requests)
+      if drafter is not None and ctx.state_rows is not None:
+        lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
+        ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
 
     def mixed(state: tuple[Context, Requests, Batch, Array]):
@@ -347,18 +409,23 @@ def serve(
     ctx, requests, batch, drafting, _ = lax.while_loop(
       may_decode, decode, (ctx, requests, batch, state[2], num_run)
     )
-    return ctx, rq.store_batch(requests, batch), drafting
+    requests, log = rq.store_batch(requests, batch), state[3]
+    if log is not None:
+      with jax.named_scope("history"):
+        log = record(log, ctx, requests)
+    return ctx, requests, drafting, log
 
   # Ends because every round computes a token, or admits or refuses a request, or
   # preempts one so that an earlier one computes.
-  ctx, requests, draft_state = lax.while_loop(
+  ctx, requests, draft_state, history = lax.while_loop(
     lambda state: (
       jnp.any(state[1].status != RequestStatus.FINISHED) & (state[1].num_steps < limit)
     ),
     body,
-    (ctx, requests, draft_state),
+    (ctx, requests, draft_state, history),
   )
-  return (ctx, requests) if drafter is None else (ctx, requests, draft_state)
+  extras = () if drafter is None else (draft_state,)
+  return ctx, requests, *extras, *(() if history is None else (history,))
 
 
 def _live(ctx: Context, batch: Batch) -> Array:

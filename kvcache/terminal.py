@@ -1,7 +1,7 @@
-"""Small pictures for a terminal: a chart of the block pool, and a line of progress.
+"""Small pictures for a terminal: of the block pool, its blocks, and the progress.
 
-Only the standard library is used. Colours and the moving line appear on a terminal that
-wants them; into a file or a pipe goes plain text.
+Colours and the moving line appear on a terminal that wants them; into a file or a pipe
+goes plain text.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,19 @@ import os
 import shutil
 from typing import TextIO
 
+import numpy as np
+
+from kvcache.observe import block_map
+from kvcache.observe.block_map import BlockMap
+from kvcache.observe.palette import Kind, LOOKS
+from kvcache.observe.text import counts
+
 _RESET, _ERASE = "\x1b[0m", "\r\x1b[K"
-_COLORS = {"used": "\x1b[36m", "cached": "\x1b[33m", "free": "\x1b[2m"}
+_COLORS = {kind.name.lower(): f"\x1b[38;5;{look.ansi}m" for kind, look in LOOKS.items()}
+_COLORS |= {"used": _COLORS["exclusive"], "free": "\x1b[2m"}
 _GLYPHS = {"used": "█", "cached": "▒", "free": "·"}
 _ASCII_GLYPHS = {"used": "#", "cached": "+", "free": "."}
+_GRAPH_WIDTH = 16
 _LEVELS, _ASCII_LEVELS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
 
@@ -51,7 +60,7 @@ class Style:
     )
 
   def paint(self, text: str, kind: str) -> str:
-    """Colours text as `"used"`, `"cached"` or `"free"`."""
+    """Colours text as `"used"` or as the name of a `Kind`, such as `"cached"`."""
     return f"{_COLORS[kind]}{text}{_RESET}" if self.color and text else text
 
 
@@ -102,6 +111,67 @@ def pool_chart(
   return "\n".join(lines)
 
 
+def block_chart(
+  found: BlockMap, *, style: Style, height: int = 6, max_rows: int = 8
+) -> str:
+  """Draws what every block is, one glyph each, and the rows that hold them.
+
+  Where there are more blocks than glyphs, a glyph stands for several and shows what
+  most of them are.
+
+  Args:
+    found: The map of a context.
+    style: What the terminal can show.
+    height: Most lines of one pool.
+    max_rows: Most rows.
+  """
+  width = max(16, min(72, style.width - 4))
+  lines = []
+  for pool in found.pools:
+    shown, size = _glyphs_of(pool.kinds[1:], width * height)
+    scale = f", {size} to a glyph" if size > 1 else ""
+    lines.append(f"{pool.name}: {counts(pool)}{scale}")
+    lines += [
+      "  " + _painted(shown[at : at + width], style)
+      for at in range(0, len(shown), width)
+    ]
+  rows = found.rows[:max_rows]
+  most = max((len(found.row_blocks(row)) for row in rows), default=1)
+  room = max(8, width - 26)
+  for row in rows:
+    blocks = found.row_blocks(row)
+    # All rows in one scale.
+    num = max(1, -(-len(blocks) // block_map.bin_width(most, room)))
+    shown, _ = _glyphs_of(found.blocks.kinds[blocks], num)
+    lines.append(
+      f"  row {row:<4} {found.seq_len(row):>7} tokens  {_painted(shown, style)}"
+    )
+  more = len(found.rows) - len(rows)
+  lines += [f"  and {more} more rows"] if more else []
+  present = [kind for kind in LOOKS if any(kind in pool.counts for pool in found.pools)]
+  legend = (f"{_painted([kind] * 2, style)} {LOOKS[kind].name}" for kind in present)
+  return "\n".join([*lines, "  " + "   ".join(legend)])
+
+
+def _glyphs_of(kinds: np.ndarray, num: int) -> tuple[list[Kind], int]:
+  """The kind that each of at most `num` glyphs shows, and how many blocks it is of."""
+  if not kinds.size:
+    return [], 1
+  shares = block_map.count_bins(kinds, num)
+  return [Kind(kind) for kind in shares.argmax(axis=1)], block_map.bin_width(
+    kinds.size, num
+  )
+
+
+def _painted(kinds: Sequence[Kind], style: Style) -> str:
+  parts = []
+  for name, count in _runs([kind.name.lower() for kind in kinds]):
+    look = LOOKS[Kind[name.upper()]]
+    glyph = look.glyph if style.unicode else look.letter
+    parts.append(style.paint(glyph * count, name))
+  return "".join(parts)
+
+
 def sparkline(values: Sequence[float], *, top: float, style: Style) -> str:
   """Draws one glyph per value, from 0 to `top`."""
   levels = _LEVELS if style.unicode else _ASCII_LEVELS
@@ -134,6 +204,45 @@ class ProgressLine:
       self.stream.write(_ERASE)
       self.stream.flush()
       self._is_shown = False
+
+
+class RunProgress:
+  """How far a run is, on a progress line.
+
+  Attributes:
+    samples: How the pool was used after each slice of work.
+    times: Tokens generated until then, and seconds.
+  """
+
+  def __init__(self, line: ProgressLine, *, num_blocks: int):
+    """Starts before the first slice of a pool of `num_blocks` usable blocks."""
+    self.line, self.num_blocks = line, num_blocks
+    self.samples: list[PoolSample] = []
+    self.times: list[tuple[int, float]] = []
+
+  def add(self, sample: PoolSample, *, num_tokens: int, seconds: float) -> None:
+    """Takes what is true after a slice."""
+    self.samples.append(sample)
+    self.times.append((num_tokens, seconds))
+
+  def show(self, *, num_finished: int, num_requests: int) -> None:
+    """Shows the line."""
+    used = self.samples[-1].used
+    recent = [sample.used for sample in self.samples[-_GRAPH_WIDTH:]]
+    graph = sparkline(recent, top=self.num_blocks, style=self.line.style)
+    self.line.show(
+      f"{num_finished}/{num_requests} finished, {self.times[-1][0]} tokens,"
+      f" {self.tokens_per_second:.0f} tokens/s,"
+      f" blocks {graph} {used}/{self.num_blocks}"
+    )
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Without the first slice, which waits for the compiler."""
+    (tokens, seconds), (first_tokens, first_seconds) = self.times[-1], self.times[0]
+    if seconds > first_seconds:
+      return (tokens - first_tokens) / (seconds - first_seconds)
+    return tokens / seconds if seconds else 0.0
 
 
 def _at(samples: Sequence[PoolSample], step: float) -> PoolSample:

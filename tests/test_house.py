@@ -30,7 +30,7 @@ FLOORS = (
   {"plans"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
-  {"handoff"},
+  {"handoff", "terminal"},
   {"scheduler", "speculation", "draft_model"},
   {"serve", "search"},
   {"checkpoint"},
@@ -38,7 +38,7 @@ FLOORS = (
   {"kvcache"},
   {"nn"},
   {"models"},
-  {"prompts", "report", "terminal"},
+  {"prompts", "report"},
   {"cli"},
   {"__main__"},
 )

@@ -53,7 +53,7 @@ def test_sparkline_goes_from_nothing_to_the_top():
 def test_colours_only_where_wanted(monkeypatch):
   for name in ("NO_COLOR", "TERM"):
     monkeypatch.delenv(name, raising=False)
-  assert Style.of(Screen()).paint("x", "used") == "\x1b[36mx\x1b[0m"
+  assert Style.of(Screen()).paint("x", "used") == "\x1b[38;5;74mx\x1b[0m"
   assert Style.of(io.StringIO()).paint("x", "used") == "x"
   monkeypatch.setenv("NO_COLOR", "1")
   assert Style.of(Screen()).paint("x", "used") == "x"

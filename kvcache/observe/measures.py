@@ -1,4 +1,4 @@
-"""Looking at a Context: numbers of its use, and what changed between two of them.
+"""Numbers of a context's use, and what entered and left its index between two of them.
 
 Pure reads. `stats` and `events` may be jitted; they look at every block, so call them
 once per slice of work and not in every step.
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvcache import ragged
 from kvcache.context import Context, Counters
+from kvcache.prefix import PrefixIndex
 
 
 class Stats(flax.struct.PyTreeNode, kw_only=True):
@@ -106,7 +107,11 @@ def events(before: Context, after: Context) -> Events:
   """
   if before.config != after.config:
     raise ValueError("before and after have different configurations")
-  old, new = before.prefix, after.prefix
+  return index_events(before.prefix, after.prefix)
+
+
+def index_events(old: PrefixIndex, new: PrefixIndex) -> Events:
+  """`events` of two indices of one size."""
   was_cached, is_cached = old.way_of > 0, new.way_of > 0
   same = (
     jnp.all(old.block_tokens == new.block_tokens, axis=-1)
