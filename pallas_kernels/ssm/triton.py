@@ -222,8 +222,7 @@ def step_ssd(
     write_ids.ndim == 1 and max_query_len == 1 and x.shape[0] == write_ids.shape[0]
   )
   ids = _ids(layer, read_ids, write_ids, cu_seqlens)
-  d = None if d is None else d.astype(jnp.float32)
-  inputs = _Inputs(x, dt.astype(jnp.float32), a.astype(jnp.float32), b, c, d)
+  inputs = _Inputs(x, dt, a, b, c, d)
   flat = pool.reshape(-1, pool.shape[-1])
   y = None if is_decode else jnp.zeros(x.shape, x.dtype)
   num_states = pool.shape[1]
@@ -302,11 +301,12 @@ def _one_by_one(
           ref[now, lax.div(head, group), :].astype(jnp.float32)
           for ref in (inputs.b, inputs.c)
         )
-        dt = inputs.dt[now, head]
-        h = jnp.exp(dt * inputs.a[head]) * h + (dt * x)[:, None] * b[None]
+        dt = inputs.dt[now, head].astype(jnp.float32)
+        rate = inputs.a[head].astype(jnp.float32)
+        h = jnp.exp(dt * rate) * h + (dt * x)[:, None] * b[None]
         out = jnp.sum(h * c[None], axis=1)
         if inputs.d is not None:
-          out = out + inputs.d[head] * x
+          out = out + inputs.d[head].astype(jnp.float32) * x
         y[now, head, columns] = out.astype(y.dtype)
         target, is_kept = _target(ids, row, i, num_states)
 
@@ -355,10 +355,10 @@ def _in_chunks(
   group = num_heads // inputs.b.shape[1]
   dtypes = {array.dtype for array in (inputs.x, inputs.b, inputs.c)}
   dtype = np.dtype(dtypes.pop() if len(dtypes) == 1 else jnp.float32)
-  chunk = min(chunk_size, _MAX_CHUNK)
-  if dtype == jnp.float32:  # products in registers
-    chunk = min(chunk, 32)
-  tile = _divisor(head_dim, 64)
+  # Float32 products are sums in registers, which hold only little of them.
+  is_wide = dtype == jnp.float32
+  chunk = min(chunk_size, 16 if is_wide else _MAX_CHUNK)
+  tile = _divisor(head_dim, 16 if is_wide else 32)
   while tile > 16 and num_heads * (head_dim // tile) < _NUM_CORES:
     tile //= 2
 
@@ -391,7 +391,8 @@ def _in_chunks(
       c = load(inputs.c, token, side, elements)
       # Lanes past the row's end do nothing: no decay, no input.
       dt = plt.load(inputs.dt.at[token, head], mask=is_valid, other=0.0)
-      rate = dt * inputs.a[head]
+      dt = dt.astype(jnp.float32)
+      rate = dt * inputs.a[head].astype(jnp.float32)
       decay = jnp.sum(jnp.where(is_past, rate[None], 0.0), axis=1)  # up to each token
       total = jnp.sum(rate)
       gap = jnp.where(is_past, decay[:, None] - decay[None], _DEAD)
@@ -400,7 +401,7 @@ def _in_chunks(
       out += jnp.exp(decay)[:, None] * _dot(c, state.astype(dtype))
       wide = x.astype(jnp.float32)
       if inputs.d is not None:
-        out += inputs.d[head] * wide
+        out += inputs.d[head].astype(jnp.float32) * wide
       to = jnp.broadcast_to(token[:, None], out.shape)
       at = jnp.broadcast_to(columns[None], out.shape)
       plt.store(y.at[to, head, at], out.astype(y.dtype), mask=to < stop)
@@ -424,9 +425,7 @@ def _in_chunks(
     grid=(num_seqs, num_heads, head_dim // tile),
     out_shape=_like(pool, inputs.x),
     input_output_aliases={0: 0, 1: 1},
-    compiler_params=plt.CompilerParams(
-      num_warps=8 if state_size * tile > 8192 else 4, num_stages=2
-    ),
+    compiler_params=plt.CompilerParams(num_warps=8 if is_wide else 4, num_stages=2),
     interpret=interpret,
     name="ssm_ssd_chunks",
   )(pool, y, ids, inputs)
