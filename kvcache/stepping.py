@@ -266,9 +266,9 @@ def read_state(
   Returns:
     Name -> `[S, ...]`: each row's state before its new tokens; zeros where it has none.
   """
-  rows, store = recurrent_parts(ctx)
-  in_step = metadata.query_lens > 0
-  return states.read(store, layer, jnp.where(in_step, rows.source_ids, NULL_STATE))
+  _, store = recurrent_parts(ctx)
+  source_ids, _ = state_ids(ctx, metadata)
+  return states.read(store, layer, source_ids)
 
 
 def write_state(
@@ -289,20 +289,34 @@ def write_state(
   Raises:
     ValueError: Names or shapes are not those of the layer.
   """
-  rows, store = recurrent_parts(ctx)
-  in_step, state_ids = metadata.query_lens > 0, rows.state_ids[:, 0]
-  if metadata.num_logits > 1:
-    entry = jnp.arange(metadata.num_logits, dtype=jnp.int32)[None]
-    in_step = entry < metadata.query_lens[:, None]
-    state_ids = rows.state_ids[:, : metadata.num_logits]
+  _, store = recurrent_parts(ctx)
+  _, target_ids = state_ids(ctx, metadata)
   wanted = {
-    name: (*state_ids.shape, *pool.shape[2:]) for name, pool in store.arrays.items()
+    name: (*target_ids.shape, *pool.shape[2:]) for name, pool in store.arrays.items()
   }
   got = {name: jnp.shape(array) for name, array in state.items()}
   if got != wanted:
     raise ValueError(f"state must have shapes {wanted}, got {got}")
-  state_ids = ragged.masked(state_ids, in_step, store.num_states)
-  return ctx.replace(states=states.write(store, layer, state, state_ids))
+  return ctx.replace(states=states.write(store, layer, state, target_ids))
+
+
+def state_ids(ctx: Context, metadata: StepMetadata) -> tuple[Array, Array]:
+  """Which recurrent states a step reads and writes, in every recurrent layer.
+
+  Returns:
+    `(source_ids [S], target_ids)`: the state before each row's new tokens, `NULL_STATE`
+    for rows not in the step; and the one after them, `M` for rows not in the step. In a
+    draft step the latter are `[S, num_logits]`, after each token, `M` past the last
+    one. No row's target is another one's source.
+  """
+  rows, store = recurrent_parts(ctx)
+  in_step, target_ids = metadata.query_lens > 0, rows.state_ids[:, 0]
+  source_ids = jnp.where(in_step, rows.source_ids, NULL_STATE)
+  if metadata.num_logits > 1:
+    entry = jnp.arange(metadata.num_logits, dtype=jnp.int32)[None]
+    in_step = entry < metadata.query_lens[:, None]
+    target_ids = rows.state_ids[:, : metadata.num_logits]
+  return source_ids, ragged.masked(target_ids, in_step, store.num_states)
 
 
 def commit(

@@ -45,6 +45,7 @@ class Instruction:
     operands: Names, in the same computation.
     callees: Computations it runs, by role (`calls`, `body`, `condition` ...).
     op_name: Where it comes from: the JAX primitives and named scopes around it.
+    aliases: For each result of a custom call that is an operand's buffer, its index.
     computation: The computation it stands in.
     is_root: Whether it is the result of that.
   """
@@ -55,6 +56,7 @@ class Instruction:
   operands: tuple[str, ...]
   callees: dict[str, str]
   op_name: str
+  aliases: dict[int, int]
   computation: str
   is_root: bool
 
@@ -139,6 +141,9 @@ class Module:
       instruction: Any.
       min_elements: Smaller results do not count.
     """
+    if instruction.opcode == "custom-call":
+      large = {i for i, n in enumerate(instruction.sizes) if n >= min_elements}
+      return large <= instruction.aliases.keys()
     if instruction.opcode != "fusion":
       return self._is_update(instruction)
     root = self.root(instruction.callees["calls"])
@@ -201,11 +206,10 @@ def read(text: str) -> Module:
   )
 
 
-def _aliases(header: str) -> dict[int, int]:
-  key = "input_output_alias={"
-  if key not in header:
+def _aliases(text: str, key: str = "input_output_alias={") -> dict[int, int]:
+  if key not in text:
     return {}
-  table = header[header.index(key) + len(key) - 1 :]
+  table = text[text.index(key) + len(key) - 1 :]
   table = table[: _closing(table) + 1]
   found = (m.group("output", "argument") for m in _ALIAS.finditer(table))
   return {int(output or 0): int(argument) for output, argument in found}
@@ -233,6 +237,7 @@ def _instruction(line: re.Match[str], computation: str) -> Instruction:
     operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
     callees=callees,
     op_name=op_name[1] if op_name else "",
+    aliases=_aliases(attributes, "output_to_operand_aliasing={"),
     computation=computation,
     is_root=bool(line["root"]),
   )

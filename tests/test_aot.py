@@ -13,11 +13,14 @@ import pytest
 
 import kvcache
 from kvcache import CacheConfig, SchedulerConfig
+from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.nn import as_function
+from pallas_kernels import ssm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 from tests import deviceless, hlo
+from pallas_kernels.ssm.arg_specs import ARG_SPECS as SSM_SPECS
 from tests.deviceless import Compiler
 
 pytestmark = [
@@ -263,3 +266,88 @@ def test_keys_and_values_are_appended_in_few_kernels_that_copy_nothing(
   assert len(writes) <= most, [str(i) for i in writes]
   assert not [str(i) for i in module.rewrites(config.num_bytes // 100)]
   assert program.temp_bytes < 1 << 20
+
+
+# --- Recurrent states -----------------------------------------------------------------
+
+# Two programs of a multiprocessor go through chunks, but one where a state has 256
+# elements, or where the products of float32 fill the registers.
+SSM_RESIDENT = {"ssm_ssd_step": 6, "ssm_conv1d_step": 16, "ssm_ssd_chunks": 2}
+LONE_CHUNKS = ("nemotron-h-56b", "mamba2-130m float32")
+SSM_NAMED = [s for s in SSM_SPECS if "float16" not in s.name and "tp8" not in s.name]
+
+
+@pytest.mark.parametrize("spec", SSM_NAMED, ids=lambda spec: spec.name)
+def test_steps_over_states_fit_and_copy_no_pool(compiler, spec):
+  """A decode step, a draft step and a mixed one, each over a donated pool."""
+  sizes = {"num_seqs": 32, "num_states": 97, "num_layers": 4}
+  for entries, num_tokens, most in ((None, 32, 1), (4, 128, None), (None, 1024, None)):
+    form = {"num_tokens": num_tokens, "num_entries": entries, **sizes}
+    ssd, conv = spec.ssd_shapes(**form), spec.conv_shapes(**form)
+    pools = {"ssd": ssd.pop("pool"), "conv": conv.pop("pool")}
+    is_mixed = not (entries or most)
+
+    def run(pools, ssd, conv, is_mixed=is_mixed, most=most):
+      options = {"max_query_len": most, "implementation": "triton"}
+      y, pool = ssm.step_ssd(**ssd, pool=pools["ssd"], **options)
+      if is_mixed:
+        options["implementation"] = "xla"
+      u, other = ssm.step_conv1d(**conv, pool=pools["conv"], **options)
+      return {"ssd": pool, "conv": other}, y, u
+
+    program = compiler(run, pools, ssd, conv, donate=(0,))
+    kernels = {n: k for n, k in program.kernels.items() if n in SSM_RESIDENT}
+    last = "ssm_ssd_chunks" if is_mixed else "ssm_conv1d_step"
+    assert kernels.keys() == {"ssm_ssd_step", last}
+    for name, kernel in kernels.items():
+      is_lone = name == "ssm_ssd_chunks" and spec.name in LONE_CHUNKS
+      assert kernel.spill_bytes == 0, (name, kernel)
+      assert kernel.shared_bytes <= MAX_SHARED_BYTES, (name, kernel)
+      assert resident(kernel) >= (1 if is_lone else SSM_RESIDENT[name]), (name, kernel)
+    module = hlo.read(program.text)
+    # The smaller pool is still larger than what the tokens bring.
+    assert not [str(i) for i in module.rewrites(pools["conv"].size)]
+    assert {0, 1} <= module.aliases.keys()
+
+
+HYBRID = GraniteHybridConfig(
+  vocab_size=32_000,
+  hidden_size=1536,
+  intermediate_size=4096,
+  layer_types=("mamba", "mamba", "attention", "mamba"),
+  num_heads=12,
+  num_kv_heads=4,
+  head_dim=128,
+  mamba_heads=48,
+  mamba_head_dim=64,
+  mamba_state_size=128,
+  dtype=jnp.bfloat16,
+)
+HYBRID_CONFIG = CacheConfig(
+  layers=HYBRID.cache_layers(),
+  num_blocks=4096,
+  block_size=64,
+  max_seqs=64,
+  max_seq_len=8192,
+  dtype="bfloat16",
+  num_snapshots=960,
+)
+
+
+def test_the_loop_of_a_hybrid_copies_no_states(compiler):
+  model = nnx.eval_shape(lambda: GraniteHybrid(HYBRID, rngs=nnx.Rngs(0)))
+  function = as_function(model)
+  ctx = jax.eval_shape(functools.partial(kvcache.init, HYBRID_CONFIG))
+  requests = jax.eval_shape(
+    lambda: kvcache.make_requests([[1] * 100] * 128, max_new_tokens=100)
+  )
+  run = functools.partial(kvcache.serve, scheduler=SchedulerConfig(token_budget=512))
+  program = compiler(run, function, ctx, requests, donate=(1, 2))
+  module = hlo.read(program.text)
+  # Of one layer; nothing else in the program is as large.
+  elements = ctx.states.arrays["ssm"].size // HYBRID_CONFIG.num_recurrent_layers
+  assert not [str(i) for i in module.rewrites(elements)]
+  assert program.temp_bytes < 0.1 * HYBRID_CONFIG.num_bytes
+  wanted = {"ssm_conv1d_step", "ssm_ssd_step", "ssm_ssd_chunks"}
+  assert wanted <= {name.rstrip("_0123456789") for name in program.kernels}
+  assert not any(k.spill_bytes for k in program.kernels.values())

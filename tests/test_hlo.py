@@ -103,6 +103,27 @@ def test_small_results_are_no_rewrites():
   assert not compile_program(mask_all, POOL, IDS).rewrites(L * N * D + 1)
 
 
+@pytest.mark.parametrize(
+  ("aliasing", "num_rewrites"),
+  [
+    ("", 2),
+    (", output_to_operand_aliasing={{0}: (1, {})}", 2),
+    (", output_to_operand_aliasing={{0}: (1, {}), {1}: (0, {})}, metadata={}", 0),
+  ],
+)
+def test_custom_calls_say_what_they_update_in_place(aliasing, num_rewrites):
+  """Each result for itself: the second may be in place and the first not."""
+  module = hlo.read(f"""HloModule m
+ENTRY %main (p: f32[64], q: f32[64]) -> (f32[64], f32[64], f32[8]) {{
+  %p = f32[64]{{0}} parameter(0)
+  %q = f32[64]{{0}} parameter(1)
+  %c = (f32[64]{{0}}, f32[64]{{0}}, f32[8]{{0}}) custom-call(%p, %q){aliasing}
+  ROOT %d = (f32[64]{{0}}, f32[64]{{0}}, f32[8]{{0}}) custom-call(%p, %q){aliasing}
+}}""")
+  assert len(module.rewrites(64)) == num_rewrites
+  assert len(module.rewrites(8)) == 2
+
+
 def test_aliases_name_output_and_argument():
   def swap(a, ids, b):
     return ids + 1, b.at[0].set(0.0), a.at[0].set(1.0)

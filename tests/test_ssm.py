@@ -11,7 +11,7 @@ from pallas_kernels import ssm
 from pallas_kernels.ssm import reference
 
 C, W = 6, 4
-H, P, G, N = 6, 3, 2, 5
+H, P, G, N = SIZES = 6, 3, 2, 5
 LENS = [1, 9, 0, 23, 1, 2, 0, 64]
 NUM_TOKENS = 128  # 28 more than there are tokens
 CHUNK = 8
@@ -24,9 +24,9 @@ def starts(lens):
   return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
 
 
-def draw(lens, *, num_tokens, seed=0):
+def draw(lens, *, num_tokens, seed=0, channels=C, sizes=SIZES):
   """Inputs of both operations; what is past the last row is NaN."""
-  rng, S = np.random.default_rng(seed), len(lens)
+  rng, S, C, (H, P, G, N) = np.random.default_rng(seed), len(lens), channels, sizes
   inputs = {
     "u": rng.normal(size=(num_tokens, C)),
     "x": rng.normal(size=(num_tokens, H, P)),
@@ -50,7 +50,8 @@ def draw(lens, *, num_tokens, seed=0):
 def expect(inputs, lens):
   """Both recurrences in float64, a token at a time."""
   v = {name: array.astype(np.float64) for name, array in inputs.items()}
-  conv_y, ssd_y = np.zeros((sum(lens), C)), np.zeros((sum(lens), H, P))
+  H, G = v["x"].shape[1], v["b"].shape[1]
+  conv_y, ssd_y = (np.zeros((sum(lens), *v[name].shape[1:])) for name in "ux")
   t = 0
   for s, length in enumerate(lens):
     for _ in range(length):

@@ -10,7 +10,6 @@ from kvcache.config import RecurrentLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
-from kvcache.stepping import read_state, write_state
 
 
 class Mamba2(nnx.Module):
@@ -114,25 +113,24 @@ class Mamba2(nnx.Module):
     projected = self.in_proj(x)
     cuts = (inner, 2 * inner + 2 * side)
     gate, features, dt = jnp.split(projected, cuts, axis=-1)
-    state = read_state(ctx, layer, metadata)
     bias = None if self.conv_bias is None else self.conv_bias[...]
-    features, conv = recurrent.causal_conv1d(
-      features, self.conv_weight[...], state["conv"], metadata, bias=bias
+    ctx, features = recurrent.step_conv1d(
+      ctx, layer, features, self.conv_weight[...], metadata, bias=bias
     )
     features = jax.nn.silu(features)
     inputs, b, c = jnp.split(features, (inner, inner + side), axis=-1)
     dt = dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)[None]
-    y, ssm = recurrent.ssd(
+    ctx, y = recurrent.step_ssd(
+      ctx,
+      layer,
       inputs.reshape(num_tokens, self.num_heads, self.head_dim),
       jnp.clip(jax.nn.softplus(dt), *self.dt_limit),
       -jnp.exp(self.a_log[...].astype(jnp.float32)),
       b.reshape(num_tokens, self.num_groups, self.state_size),
       c.reshape(num_tokens, self.num_groups, self.state_size),
-      state["ssm"],
       metadata,
       d=self.d[...],
     )
-    ctx = write_state(ctx, layer, {"conv": conv, "ssm": ssm}, metadata)
     return self.out(self._normalise(y.reshape(num_tokens, inner), gate)), ctx
 
   def _normalise(self, y: jax.Array, gate: jax.Array) -> jax.Array:

@@ -1,11 +1,22 @@
-"""The public recurrent operations; pick an implementation by name."""
+"""The public recurrent operations; pick an implementation by name.
 
-from jax import Array
+`causal_conv1d` and `ssd` take states and return states. `step_conv1d` and `step_ssd` do
+the same to states where they stand in a pool, so that a step on a GPU reads and writes
+each of them once.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import Array, lax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels.ssm import xla
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "triton")
 
 
 def causal_conv1d(
@@ -32,7 +43,8 @@ def causal_conv1d(
     max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
     num_states: `E`, static. If given, rows have at most `E` tokens, and the states
       after each of them are returned.
-    implementation: `"xla"`, or None for the best that can serve.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU, a decode step), or None for the
+      best that can serve.
 
   Returns:
     `(y [T, C]` in `x`'s dtype, computed in float32, and without meaning past the last
@@ -45,27 +57,23 @@ def causal_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_rows(state, cu_seqlens)
-  if x.ndim != 2:
-    raise ValueError(f"x must be [T, C], got {x.shape}")
-  channels = x.shape[1]
-  if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 2:
-    raise ValueError(f"weight must be [{channels}, W >= 2], got {weight.shape}")
-  wanted = (state.shape[0], channels, weight.shape[1] - 1)
-  if state.shape != wanted:
-    raise ValueError(f"state must be {wanted}, got {state.shape}")
-  if bias is not None and bias.shape != (channels,):
-    raise ValueError(f"bias must be [{channels}], got {bias.shape}")
+  _check_conv1d(x, weight, bias, state, "state")
   _check_num_states(num_states)
-  _check_implementation(implementation)
-  return xla.causal_conv1d(
-    x,
-    weight,
-    state,
-    cu_seqlens,
+  fallback = functools.partial(
+    xla.causal_conv1d,
+    *(x, weight, state, cu_seqlens),
     bias=bias,
     num_states=num_states,
     is_decode=num_states is None and _is_decode(x, state, max_query_len),
   )
+  step = functools.partial(
+    _step_states,
+    *("step_conv1d", (x, weight), state, cu_seqlens),
+    num_states=num_states,
+    bias=bias,
+    max_query_len=max_query_len,
+  )
+  return _run(implementation, fallback, step)
 
 
 def ssd(
@@ -107,7 +115,8 @@ def ssd(
     num_states: `E`, static. If given, rows have at most `E` tokens, and the states
       after each of them are returned.
     chunk_size: Tokens per chunk, static.
-    implementation: `"xla"`, or None for the best that can serve.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU, without `num_states`), or None for
+      the best that can serve.
 
   Returns:
     `(y [T, H, P]` in `x`'s dtype, computed in float32, and without meaning past the
@@ -121,6 +130,255 @@ def ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_rows(state, cu_seqlens)
+  _check_ssd(x, dt, a, b, c, d, state, "state", chunk_size)
+  _check_num_states(num_states)
+  fallback = functools.partial(
+    xla.ssd,
+    *(x, dt, a, b, c, state, cu_seqlens),
+    d=d,
+    chunk_size=chunk_size,
+    num_states=num_states,
+    is_decode=num_states is None and _is_decode(x, state, max_query_len),
+  )
+  step = functools.partial(
+    _step_states,
+    *("step_ssd", (x, dt, a, b, c), state, cu_seqlens),
+    num_states=num_states,
+    d=d,
+    chunk_size=chunk_size,
+    max_query_len=max_query_len,
+  )
+  return _run(implementation, fallback, step)
+
+
+def step_conv1d(
+  x: Array,
+  weight: Array,
+  pool: Array,
+  layer: ArrayLike,
+  read_ids: Array,
+  write_ids: Array,
+  cu_seqlens: Array,
+  *,
+  bias: Array | None = None,
+  max_query_len: int | None = None,
+  implementation: str | None = None,
+) -> tuple[Array, Array]:
+  """As `causal_conv1d`, with states that stand in a pool and are updated there.
+
+  Args:
+    x: `[T, C]`.
+    weight: `[C, W]`. The last column meets the token itself.
+    pool: `[R, M, C, W - 1]` floating. In place if it is donated.
+    layer: `[]` int32, which of `R`; may be traced.
+    read_ids: `[S]` int32 in range. The state before each row's first token.
+    write_ids: `[S]` int32, distinct: where the state after the row's tokens goes. Or
+      `[S, E]`: rows have at most `E` tokens, and the state after token `i` goes to
+      entry `i`. Those at or past `M` are dropped, and must be for rows and entries
+      without a token. No row writes what another one reads.
+    cu_seqlens: `[S + 1]` int32, first entry 0.
+    bias: `[C]`, or None.
+    max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU, a decode step or `[S, E]` states),
+      or None for the best that can serve.
+
+  Returns:
+    `(y [T, C], pool)`. What `y` holds for tokens of no row, and for rows that write no
+    state, is finite if their inputs are, and without meaning.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit.
+    NotImplementedError: The named implementation cannot serve.
+  """
+  _check_pool(pool, 4, read_ids, write_ids, cu_seqlens)
+  _check_conv1d(x, weight, bias, pool, "pool")
+  arguments = (x, weight, pool, jnp.asarray(layer, jnp.int32))
+  ids, num_states = (read_ids, write_ids, cu_seqlens), _num_states(write_ids)
+  fallback = functools.partial(
+    xla.step_conv1d,
+    *arguments,
+    *ids,
+    bias=bias,
+    num_states=num_states,
+    is_decode=num_states is None and _is_decode(x, read_ids, max_query_len),
+  )
+  step = functools.partial(
+    _step_pool, "step_conv1d", *arguments, *ids, bias=bias, max_query_len=max_query_len
+  )
+  return _run(implementation, fallback, step)
+
+
+def step_ssd(
+  x: Array,
+  dt: Array,
+  a: Array,
+  b: Array,
+  c: Array,
+  pool: Array,
+  layer: ArrayLike,
+  read_ids: Array,
+  write_ids: Array,
+  cu_seqlens: Array,
+  *,
+  d: Array | None = None,
+  max_query_len: int | None = None,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Array, Array]:
+  """As `ssd`, with states that stand in a pool and are updated there.
+
+  Args:
+    x: `[T, H, P]`.
+    dt: `[T, H]`. Step sizes, positive: after bias and softplus.
+    a: `[H]`. Decay rates, negative.
+    b: `[T, G, N]`, `H` a multiple of `G`.
+    c: `[T, G, N]`.
+    pool: `[R, M, H, P, N]` floating. In place if it is donated.
+    layer: As in `step_conv1d`, like `read_ids`, `write_ids` and `cu_seqlens`.
+    read_ids: `[S]` int32.
+    write_ids: `[S]` or `[S, E]` int32.
+    cu_seqlens: `[S + 1]` int32, first entry 0.
+    d: `[H]` weights of the skip connection, or None.
+    max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    chunk_size: Tokens per chunk, static; kernels may take less.
+    implementation: `"xla"`, `"triton"` (a CUDA GPU; rows of several tokens are computed
+      in products as narrow as `x`, `b` and `c`, with float32 sums), or None for the
+      best that can serve.
+
+  Returns:
+    `(y [T, H, P], pool)`. What `y` holds for tokens of no row, and for rows that write
+    no state, is finite if their inputs are, and without meaning.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit.
+    NotImplementedError: The named implementation cannot serve.
+  """
+  _check_pool(pool, 5, read_ids, write_ids, cu_seqlens)
+  _check_ssd(x, dt, a, b, c, d, pool, "pool", chunk_size)
+  arguments = (x, dt, a, b, c, pool, jnp.asarray(layer, jnp.int32))
+  ids, num_states = (read_ids, write_ids, cu_seqlens), _num_states(write_ids)
+  fallback = functools.partial(
+    xla.step_ssd,
+    *arguments,
+    *ids,
+    d=d,
+    chunk_size=chunk_size,
+    num_states=num_states,
+    is_decode=num_states is None and _is_decode(x, read_ids, max_query_len),
+  )
+  step = functools.partial(
+    _step_pool,
+    *("step_ssd", *arguments, *ids),
+    d=d,
+    chunk_size=chunk_size,
+    max_query_len=max_query_len,
+  )
+  return _run(implementation, fallback, step)
+
+
+# --- Choice ---------------------------------------------------------------------------
+
+type _Run = Callable[[], tuple[Array, Array]]
+
+
+def _run(
+  implementation: str | None, fallback: _Run, kernel: Callable[[], str | _Run]
+) -> tuple[Array, Array]:
+  """Runs the implementation of that name, or the best that can serve.
+
+  `kernel()` returns how to run it, or says why it cannot serve.
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise NotImplementedError(
+      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
+    )
+  if implementation == "xla" or (implementation is None and _platform() != "gpu"):
+    return fallback()
+  run = kernel()
+  if implementation is None:
+    if isinstance(run, str):
+      return fallback()
+    # A program for another platform, such as the host's, is lowered to XLA.
+    return lax.platform_dependent(cuda=run, default=fallback)
+  if _platform() != "gpu":
+    run = f"it needs a GPU, and programs are for {_platform()}"
+  if isinstance(run, str):
+    raise NotImplementedError(f"implementation {implementation!r}: {run}")
+  return run()
+
+
+def _platform() -> str:
+  """What programs are traced for, as far as one can know before they are lowered."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _step_pool(name: str, *arguments: Array, **options: Any) -> str | _Run:
+  """How to run a kernel on a pool, or why not."""
+  # Imported where a GPU is: it takes a moment, and one day jax will drop Triton.
+  from pallas_kernels.ssm import triton
+
+  if reason := triton.why_not(name, *arguments, **options):
+    return reason
+  return functools.partial(getattr(triton, name), *arguments, **options)
+
+
+def _step_states(
+  name: str,
+  inputs: tuple[Array, ...],
+  state: Array,
+  cu_seqlens: Array,
+  *,
+  num_states: int | None,
+  **options: Any,
+) -> str | _Run:
+  """How to run a kernel on states that are a pool of their own, or why not."""
+  if num_states is not None:
+    return "the states after each token can only be kept in a pool"
+  rows = jnp.arange(state.shape[0], dtype=jnp.int32)
+  pool = state.astype(jnp.float32)[None]
+  run = _step_pool(
+    *(name, *inputs, pool, jnp.int32(0), rows, rows, cu_seqlens), **options
+  )
+  if isinstance(run, str):
+    return run
+
+  def step() -> tuple[Array, Array]:
+    y, pool = run()
+    return y, pool[0]
+
+  return step
+
+
+# --- Checks ---------------------------------------------------------------------------
+
+
+def _check_conv1d(
+  x: Array, weight: Array, bias: Array | None, state: Array, name: str
+) -> None:
+  if x.ndim != 2:
+    raise ValueError(f"x must be [T, C], got {x.shape}")
+  channels = x.shape[1]
+  if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 2:
+    raise ValueError(f"weight must be [{channels}, W >= 2], got {weight.shape}")
+  wanted = (*state.shape[:-2], channels, weight.shape[1] - 1)
+  if state.shape != wanted:
+    raise ValueError(f"{name} must be {wanted}, got {state.shape}")
+  if bias is not None and bias.shape != (channels,):
+    raise ValueError(f"bias must be [{channels}], got {bias.shape}")
+
+
+def _check_ssd(
+  x: Array,
+  dt: Array,
+  a: Array,
+  b: Array,
+  c: Array,
+  d: Array | None,
+  state: Array,
+  name: str,
+  chunk_size: int,
+) -> None:
   if x.ndim != 3 or b.ndim != 3:
     raise ValueError(f"x must be [T, H, P] and b [T, G, N], got {x.shape}, {b.shape}")
   num_tokens, num_heads, head_dim = x.shape
@@ -130,33 +388,37 @@ def ssd(
     "a": (a, (num_heads,)),
     "b": (b, (num_tokens, num_groups, state_size)),
     "c": (c, (num_tokens, num_groups, state_size)),
-    "state": (state, (state.shape[0], num_heads, head_dim, state_size)),
+    name: (state, (*state.shape[:-3], num_heads, head_dim, state_size)),
     "d": (d, (num_heads,)),
   }
-  for name, (array, shape) in wanted.items():
+  for key, (array, shape) in wanted.items():
     if array is not None and array.shape != shape:
-      raise ValueError(f"{name} must be {shape}, got {array.shape}")
+      raise ValueError(f"{key} must be {shape}, got {array.shape}")
   if num_heads % num_groups:
     raise ValueError(f"x has {num_heads} heads, not a multiple of {num_groups}")
   if chunk_size < 1:
     raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  _check_num_states(num_states)
-  _check_implementation(implementation)
-  y, state = xla.ssd(
-    x,
-    dt,
-    a,
-    b,
-    c,
-    state,
-    cu_seqlens,
-    chunk_size=chunk_size,
-    num_states=num_states,
-    is_decode=num_states is None and _is_decode(x, state, max_query_len),
-  )
-  if d is not None:
-    y = y + d.astype(jnp.float32)[None, :, None] * x.astype(jnp.float32)
-  return y.astype(x.dtype), state
+
+
+def _check_pool(
+  pool: Array, rank: int, read_ids: Array, write_ids: Array, cu_seqlens: Array
+) -> None:
+  if pool.ndim != rank or not jnp.issubdtype(pool.dtype, jnp.floating):
+    raise ValueError(
+      f"pool must be floating and have {rank} axes, got {pool.dtype}{list(pool.shape)}"
+    )
+  for name, ids, ranks in (
+    ("read_ids", read_ids, (1,)),
+    ("write_ids", write_ids, (1, 2)),
+  ):
+    if ids.ndim not in ranks or ids.dtype != jnp.int32:
+      raise ValueError(
+        f"{name} must be int32 and have {ranks[-1]} axes at most, got"
+        f" {ids.dtype}{list(ids.shape)}"
+      )
+  if write_ids.shape[0] != read_ids.shape[0] or not write_ids.size:
+    raise ValueError(f"write_ids must be [{read_ids.size}, ...], got {write_ids.shape}")
+  _check_rows(read_ids, cu_seqlens)
 
 
 def _check_rows(state: Array, cu_seqlens: Array) -> None:
@@ -172,11 +434,8 @@ def _check_num_states(num_states: int | None) -> None:
     raise ValueError(f"num_states must be at least 1, got {num_states}")
 
 
-def _check_implementation(implementation: str | None) -> None:
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(
-      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
-    )
+def _num_states(write_ids: Array) -> int | None:
+  return None if write_ids.ndim == 1 else write_ids.shape[1]
 
 
 def _is_decode(x: Array, state: Array, max_query_len: int | None) -> bool:

@@ -5,9 +5,11 @@ wanted, a few such updates follow each other. Longer rows go in chunks: within a
 the recurrence is two matrix products under a lower-triangular mask, from chunk to chunk
 only the state is handed on. The chunks of all rows are one list; a loop of as many
 rounds as there are chunks works it off, so that padding costs nothing.
+
+A step over a pool of states gathers those it reads and scatters those it writes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -68,6 +70,22 @@ def _last_inputs(x: Array, state: Array, starts: Array, lens: Array) -> Array:
   return jnp.where((at >= 0)[:, None, :], inside, before)
 
 
+def step_conv1d(
+  x: Array,
+  weight: Array,
+  pool: Array,
+  layer: Array,
+  read_ids: Array,
+  write_ids: Array,
+  cu_seqlens: Array,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """See `pallas_kernels.ssm.step_conv1d`."""
+  state = _gather(pool, layer, read_ids)
+  y, state = causal_conv1d(x, weight, state, cu_seqlens, **options)
+  return y, _scatter(pool, layer, state, write_ids)
+
+
 class _Inputs(NamedTuple):
   """What the tokens bring, `[T, ...]` each; float32."""
 
@@ -86,11 +104,62 @@ def ssd(
   state: Array,
   cu_seqlens: Array,
   *,
+  d: Array | None,
   chunk_size: int,
   num_states: int | None,
   is_decode: bool,
 ) -> tuple[Array, Array]:
-  """See `pallas_kernels.ssm.ssd`; `y` is float32 and lacks the skip connection."""
+  """See `pallas_kernels.ssm.ssd`."""
+  y, state = _recurrence(
+    x,
+    dt,
+    a,
+    b,
+    c,
+    state,
+    cu_seqlens,
+    chunk_size=chunk_size,
+    num_states=num_states,
+    is_decode=is_decode,
+  )
+  if d is not None:
+    y = y + d.astype(jnp.float32)[None, :, None] * x.astype(jnp.float32)
+  return y.astype(x.dtype), state
+
+
+def step_ssd(
+  x: Array,
+  dt: Array,
+  a: Array,
+  b: Array,
+  c: Array,
+  pool: Array,
+  layer: Array,
+  read_ids: Array,
+  write_ids: Array,
+  cu_seqlens: Array,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """See `pallas_kernels.ssm.step_ssd`."""
+  state = _gather(pool, layer, read_ids)
+  y, state = ssd(x, dt, a, b, c, state, cu_seqlens, **options)
+  return y, _scatter(pool, layer, state, write_ids)
+
+
+def _recurrence(
+  x: Array,
+  dt: Array,
+  a: Array,
+  b: Array,
+  c: Array,
+  state: Array,
+  cu_seqlens: Array,
+  *,
+  chunk_size: int,
+  num_states: int | None,
+  is_decode: bool,
+) -> tuple[Array, Array]:
+  """The recurrence alone: `y` is float32 and lacks the skip connection."""
   inputs = _Inputs(*(array.astype(jnp.float32) for array in (x, dt, b, c)))
   a, state = a.astype(jnp.float32), state.astype(jnp.float32)
   if is_decode:
@@ -189,3 +258,20 @@ def _tokens(cu_seqlens: Array, num_tokens: int) -> tuple[Array, Array]:
   rows = jnp.searchsorted(cu_seqlens[1:], token, side="right", method="scan_unrolled")
   rows = jnp.minimum(rows.astype(jnp.int32), cu_seqlens.shape[0] - 2)
   return jax.lax.optimization_barrier((rows, token - cu_seqlens[rows]))
+
+
+def _gather(pool: Array, layer: Array, ids: Array) -> Array:
+  """States of one layer: `pool [R, M, ...]`, `ids [S]` -> `[S, ...]`."""
+  flat = pool.reshape(-1, *pool.shape[2:])
+  # The scatter that follows must not see the pool read again in its place.
+  return lax.optimization_barrier(flat[layer * pool.shape[1] + ids])
+
+
+def _scatter(pool: Array, layer: Array, state: Array, ids: Array) -> Array:
+  """Writes states of one layer; ids at or past `M` are dropped."""
+  num_layers, num_states = pool.shape[:2]
+  end = num_layers * num_states
+  rows = jnp.where(ids < num_states, layer * num_states + ids, end)
+  flat = pool.reshape(-1, *pool.shape[2:])
+  flat = flat.at[rows].set(state.astype(pool.dtype), mode="drop")
+  return flat.reshape(pool.shape)

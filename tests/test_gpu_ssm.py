@@ -1,0 +1,85 @@
+"""The benchmark of recurrent states, as far as it runs without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import gpu_ssm
+from tests import deviceless
+
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch):
+  monkeypatch.setattr(gpu_ssm, "IMPLEMENTATIONS", ("triton",))
+  monkeypatch.setattr(gpu_ssm, "CHECKED", (1, 20, 0, 2))
+  monkeypatch.setattr(gpu_ssm, "DRAFTS", (4, 1, 0, 2))
+
+
+def failed(section, what, by, problem, **_):
+  return {"section": section, "what": what, "by": by, "problem": problem}
+
+
+def seconds_of(case):
+  """Every call hands on what the next one takes."""
+  after = jax.eval_shape(case.step, case.state, case.constants, case.turns[0])
+  before = jax.eval_shape(lambda: case.state)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), before
+  )
+  return 1e-3
+
+
+def test_a_dry_run_checks_and_times():
+  rows = list(
+    gpu_ssm.measure(dict, failed, seconds_of, share_of=lambda x: x, interpret=True)
+  )
+  assert not [row for row in rows if "problem" in row]
+  checks, times = rows[:5], rows[5:]
+  assert {row["section"] for row in checks} == {"check"}
+  assert all(0 < row["error"] < 0.05 and not row["is_bad"] for row in checks)
+  assert [row["section"] for row in times] == ["ssd step", "conv1d step", "ssd prompt"]
+  moved = 2 * 2 * gpu_ssm.TINY.ssd_bytes
+  assert times[0]["rate"] == times[0]["share"] == pytest.approx(moved / 1e6)
+
+
+def test_a_wrong_result_is_bad(monkeypatch):
+  monkeypatch.setattr(gpu_ssm, "OPERATIONS", ("conv1d",))
+  monkeypatch.setattr(gpu_ssm, "_error", lambda got, want: float("nan"))
+  rows = list(gpu_ssm.check(dict, failed, interpret=True))
+  assert rows and all(row["is_bad"] for row in rows)
+
+
+def test_a_failure_is_a_row(monkeypatch):
+  monkeypatch.setattr(gpu_ssm, "check", lambda *args, **kwargs: iter(()))
+
+  def fail(case):
+    raise KeyError(case.what)
+
+  rows = list(gpu_ssm.measure(dict, failed, fail, share_of=lambda x: x, interpret=True))
+  assert [row["what"] for row in rows] == [
+    *("tiny, 2 rows", "tiny, 2 rows", "tiny, 1 x 40 tokens")
+  ]
+  assert all(isinstance(row["problem"], KeyError) for row in rows)
+
+
+@pytest.mark.parametrize("operation", gpu_ssm.OPERATIONS)
+def test_what_is_timed_is_lowered_for_a_gpu(operation):
+  batch = gpu_ssm.make_batch(
+    gpu_ssm.TINY, (1,) * 4, operation=operation, is_decode=True, num_layers=2
+  )
+  run = batch.run("triton", interpret=False)
+  assert "triton" in deviceless.lower(run, **batch.arrays).as_text()
+
+
+def test_states_stand_anywhere_but_never_in_the_null_state():
+  batch = gpu_ssm.make_batch(gpu_ssm.TINY, (3, 0, 1), operation="ssd", num_entries=3)
+  write = np.asarray(batch.arrays["write_ids"])
+  kept = write[write < 10]
+  assert len(set(kept)) == len(kept) == 4 and kept.min() > 0
+  assert batch.arrays["read_ids"][1] == 0
+  assert jnp.array_equal(batch.arrays["cu_seqlens"], jnp.array([0, 3, 3, 4]))
