@@ -64,6 +64,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
       keep the state after each of a row's tokens. Static.
+    head_axes: As in `CacheConfig`. Static.
   """
 
   seq_ids: Array
@@ -78,6 +79,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   windows: tuple[WindowView, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
   num_logits: int = flax.struct.field(pytree_node=False, default=1)
+  head_axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
   @property
   def num_tokens(self) -> int:
@@ -102,6 +104,7 @@ def build(
   block_size: int,
   num_logits: int = 1,
   windows: Sequence[WindowBlocks] = (),
+  head_axes: tuple[str, ...] = (),
 ) -> StepMetadata:
   """Builds the view; see `kvcache.step_metadata`."""
   room = table.num_blocks * block_size - table.seq_lens
@@ -148,6 +151,7 @@ def build(
     ),
     is_decode=num_tokens is None,
     num_logits=num_logits,
+    head_axes=head_axes,
   )
 
 

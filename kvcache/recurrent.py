@@ -10,8 +10,13 @@ states returned are `[S, num_logits, ...]`: entry `i` stands after the row's tok
 or after its last one.
 """
 
-from jax import Array
+import functools
 
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from kvcache import sharding
 from kvcache.metadata import StepMetadata
 from pallas_kernels import ssm
 
@@ -45,15 +50,27 @@ def causal_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  return ssm.causal_conv1d(
-    x,
-    weight,
-    state,
-    metadata.cu_seqlens,
-    bias=bias,
-    max_query_len=1 if metadata.is_decode else None,
-    num_states=_num_states(metadata),
-    implementation=implementation,
+
+  def run(
+    x: Array, weight: Array, state: Array, bias: Array | None, cu_seqlens: Array
+  ) -> tuple[Array, Array]:
+    return ssm.causal_conv1d(
+      x,
+      weight,
+      state,
+      cu_seqlens,
+      bias=bias,
+      max_query_len=1 if metadata.is_decode else None,
+      num_states=_num_states(metadata),
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  at = functools.partial(split.spec, x.shape[1])
+  specs = (at(axis=1), at(axis=0), at(axis=1), at(axis=0), P())
+  out_specs = (at(axis=1), at(axis=2 if _num_states(metadata) else 1))
+  return split.over(run, in_specs=specs, out_specs=out_specs)(
+    x, weight, state, bias, metadata.cu_seqlens
   )
 
 
@@ -92,18 +109,44 @@ def ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  return ssm.ssd(
-    x,
-    dt,
-    a,
-    b,
-    c,
-    state,
-    metadata.cu_seqlens,
-    d=d,
-    max_query_len=1 if metadata.is_decode else None,
-    num_states=_num_states(metadata),
-    implementation=implementation,
+
+  def run(
+    x: Array,
+    dt: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    state: Array,
+    d: Array | None,
+    cu_seqlens: Array,
+  ) -> tuple[Array, Array]:
+    return ssm.ssd(
+      x,
+      dt,
+      a,
+      b,
+      c,
+      state,
+      cu_seqlens,
+      d=d,
+      max_query_len=1 if metadata.is_decode else None,
+      num_states=_num_states(metadata),
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  num_heads, num_groups = x.shape[1], b.shape[1]
+  is_apart = split.axes(num_groups) != split.axes(num_heads)
+  if is_apart and split.num_local(num_groups) > 1:
+    # A device's heads would lie across groups that it does not have.
+    b, c = (jnp.repeat(g, num_heads // num_groups, axis=1) for g in (b, c))
+  at = functools.partial(split.spec, num_heads)
+  groups = split.spec(b.shape[1], axis=1)
+  tokens, heads = at(axis=1), at(axis=0)
+  specs = (tokens, tokens, heads, groups, groups, tokens, heads, P())
+  out_specs = (tokens, at(axis=2 if _num_states(metadata) else 1))
+  return split.over(run, in_specs=specs, out_specs=out_specs)(
+    x, dt, a, b, c, state, d, metadata.cu_seqlens
   )
 
 

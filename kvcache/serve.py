@@ -14,7 +14,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, sampling, stepping
+from kvcache import context, ragged, sampling, sharding, stepping
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.context import Context
@@ -59,6 +59,7 @@ def _run_model(
   )
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
+  logits = sharding.replicate(metadata.head_axes, logits)
   ctx = stepping.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
@@ -103,6 +104,7 @@ def _run_drafts(
   known = next_tokens(requests, batch, metadata)
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   logits, ctx = model(tokens, metadata, ctx)
+  logits = sharding.replicate(metadata.head_axes, logits)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
@@ -358,6 +360,8 @@ def serve(
     body,
     (ctx, requests, draft_state),
   )
+  ctx = sharding.constrain(ctx)
+  requests = sharding.replicate(ctx.config.head_axes, requests)
   return (ctx, requests) if drafter is None else (ctx, requests, draft_state)
 
 
