@@ -3,12 +3,16 @@
 import functools
 
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from kvcache import sharding
 from kvcache.context import Context
-from kvcache.metadata import StepMetadata
+from kvcache.kv import KVStore
+from kvcache.metadata import SharedPrefix, StepMetadata
 from kvcache.stepping import locate, view_of
 from pallas_kernels import paged_attention
+from pallas_kernels.paged_attention import Plan
 
 
 def attend(
@@ -63,33 +67,57 @@ def attend(
         f"sliding_window={sliding_window} is wider than what the layer keeps,"
         f" {spec.sliding_window} tokens"
       )
-  flat, shared = store.flat(), metadata.shared_prefix
-  attention = functools.partial(
-    paged_attention.paged_attention,
-    sliding_window=sliding_window,
-    plan=metadata.plans[at] if metadata.plans else None,
-  )
-  if shared is not None and sliding_window is None:
+
+  def run(
+    q: Array,
+    store: KVStore,
+    sinks: Array | None,
+    block_tables: Array,
+    seq_lens: Array,
+    cu_seqlens: Array,
+    shared: SharedPrefix | None,
+    plan: Plan | None,
+  ) -> Array:
     attention = functools.partial(
-      paged_attention.cascade_attention,
-      num_prefix_blocks=shared.num_blocks,
-      shares=shared.shares,
+      paged_attention.paged_attention, sliding_window=sliding_window, plan=plan
     )
-  out = attention(
+    if shared is not None and sliding_window is None:
+      attention = functools.partial(
+        paged_attention.cascade_attention,
+        num_prefix_blocks=shared.num_blocks,
+        shares=shared.shares,
+      )
+    flat = store.flat()
+    out = attention(
+      q,
+      flat.k,
+      flat.v,
+      block_tables,
+      seq_lens,
+      cu_seqlens,
+      sm_scale=sm_scale,
+      logits_soft_cap=logits_soft_cap,
+      sinks=sinks,
+      k_scale=flat.k_scale,
+      v_scale=flat.v_scale,
+      v_head_dim=spec.v_dim,
+      max_query_len=1 if metadata.is_decode else None,
+      implementation=implementation,
+    )
+    assert isinstance(out, Array)  # without `lse`
+    return out
+
+  heads = sharding.split(config.head_axes)
+  queries, all_sinks = (heads.query_spec(q.shape[1], axis=axis) for axis in (1, 0))
+  pool = heads.kv_spec(store.num_heads, axis=2)
+  specs = (queries, pool, all_sinks, P(), P(), P(), P(), P())
+  return heads.over(run, in_specs=specs, out_specs=queries)(
     q,
-    flat.k,
-    flat.v,
+    store,
+    sinks,
     view_of(config, at, metadata).block_tables + place * store.num_blocks,
     metadata.seq_lens,
     metadata.cu_seqlens,
-    sm_scale=sm_scale,
-    logits_soft_cap=logits_soft_cap,
-    sinks=sinks,
-    k_scale=flat.k_scale,
-    v_scale=flat.v_scale,
-    v_head_dim=spec.v_dim,
-    max_query_len=1 if metadata.is_decode else None,
-    implementation=implementation,
+    metadata.shared_prefix,
+    metadata.plans[at] if metadata.plans else None,
   )
-  assert isinstance(out, Array)  # without `lse`
-  return out

@@ -210,6 +210,8 @@ class CacheConfig:
     max_drafts: Drafts per step that recurrent layers keep states for: each sequence
       owns `1 + max_drafts` states, one for each length at which a draft step may end.
       Attention layers need none, so without recurrent ones it says nothing.
+    head_axes: Mesh axes over which heads are split, a name or several; see
+      `kvcache.sharding`. None on one device.
   """
 
   layers: tuple[Layer, ...]
@@ -224,6 +226,7 @@ class CacheConfig:
   snapshot_interval: int = 16
   num_window_blocks: int | None = None
   max_drafts: int = 0
+  head_axes: tuple[str, ...] = ()
 
   def __repr__(self) -> str:
     # Models have dozens of equal layers, and every print of a context shows them.
@@ -237,6 +240,8 @@ class CacheConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))
+    axes = (self.head_axes,) if isinstance(self.head_axes, str) else self.head_axes
+    object.__setattr__(self, "head_axes", tuple(axes))
     object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
     _check_positive(
       self, "block_size", "max_seqs", "max_seq_len", "chunk_size", "index_ways"

@@ -17,7 +17,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import checkpoint, observe, sampling
+from kvcache import checkpoint, observe, sampling, sharding
 from kvcache import requests as rq
 from kvcache.context import Context
 from kvcache.errors import Status
@@ -166,6 +166,7 @@ def generate(
   if not isinstance(model, jax.tree_util.Partial):
     model = jax.tree_util.Partial(model)
   prompts = [list(prompt) for prompt in prompts]
+  requests = sharding.place(ctx.config.head_axes, requests)
   if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
     ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
   draft_state = None if drafter is None else _init_drafter(drafter)

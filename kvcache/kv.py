@@ -49,6 +49,11 @@ class KVStore(flax.struct.PyTreeNode, kw_only=True):
     return self.k.shape[-4]
 
   @property
+  def num_heads(self) -> int:
+    """`K`, of one device within `shard_map`."""
+    return self.k.shape[-3]
+
+  @property
   def block_size(self) -> int:
     """Token positions in one block."""
     return self.k.shape[-2]

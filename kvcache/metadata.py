@@ -67,6 +67,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
       keep the state after each of a row's tokens. Static.
+    head_axes: As in `CacheConfig`. Static.
   """
 
   seq_ids: Array
@@ -82,6 +83,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
   plans: tuple[Any, ...] = ()
   is_decode: bool = flax.struct.field(pytree_node=False, default=False)
   num_logits: int = flax.struct.field(pytree_node=False, default=1)
+  head_axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
   @property
   def num_tokens(self) -> int:
@@ -106,6 +108,7 @@ def build(
   block_size: int,
   num_logits: int = 1,
   windows: Sequence[WindowBlocks] = (),
+  head_axes: tuple[str, ...] = (),
 ) -> StepMetadata:
   """Builds the view; see `kvcache.step_metadata`."""
   room = table.num_blocks * block_size - table.seq_lens
@@ -152,6 +155,7 @@ def build(
     ),
     is_decode=num_tokens is None,
     num_logits=num_logits,
+    head_axes=head_axes,
   )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
+from kvcache import sharding
 from kvcache.config import CacheConfig
 from kvcache.kv import KVStore
 from kvcache.metadata import StepMetadata
@@ -22,11 +23,13 @@ def make(
   config: CacheConfig, stores: Sequence[KVStore], metadata: StepMetadata
 ) -> tuple[Plan | None, ...]:
   """The plan of each of `config.groups`; None where there is nothing to plan."""
+  heads = sharding.split(config.head_axes)
 
   def plan(store: KVStore, sliding_window: int | None) -> Plan | None:
     # Without touching the arrays, of which a view would be a copy outside of jit.
+    shape = (store.num_blocks, heads.num_local(store.num_heads), store.block_size)
     k, v = (
-      None if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+      None if x is None else jax.ShapeDtypeStruct((*shape, x.shape[-1]), x.dtype)
       for x in (store.k, store.v)
     )
     assert k is not None

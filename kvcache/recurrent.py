@@ -17,11 +17,17 @@ states returned are `[S, num_logits, ...]`: entry `i` stands after the row's tok
 or after its last one.
 """
 
+import functools
+
 from jax import Array
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from kvcache import sharding
 from kvcache.context import Context, recurrent_parts
 from kvcache.metadata import StepMetadata
+from kvcache.sharding import Split
 from kvcache.stepping import state_ids
 from pallas_kernels import ssm
 
@@ -58,16 +64,41 @@ def step_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  y, pool = ssm.step_conv1d(
+
+  def run(
+    x: Array,
+    weight: Array,
+    pool: Array,
+    bias: Array | None,
+    layer: Array,
+    read_ids: Array,
+    write_ids: Array,
+    cu_seqlens: Array,
+  ) -> tuple[Array, Array]:
+    return ssm.step_conv1d(
+      x,
+      weight,
+      pool,
+      layer,
+      read_ids,
+      write_ids,
+      cu_seqlens,
+      bias=bias,
+      max_query_len=1 if metadata.is_decode else None,
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  at = functools.partial(split.spec, x.shape[1])
+  specs = (at(axis=1), at(axis=0), at(axis=2), at(axis=0), P(), P(), P(), P())
+  y, pool = split.over(run, in_specs=specs, out_specs=(at(axis=1), at(axis=2)))(
     x,
     weight,
     _pool(ctx, name),
-    layer,
+    bias,
+    jnp.asarray(layer, jnp.int32),
     *state_ids(ctx, metadata),
     metadata.cu_seqlens,
-    bias=bias,
-    max_query_len=1 if metadata.is_decode else None,
-    implementation=implementation,
   )
   return _with_pool(ctx, name, pool), y
 
@@ -110,19 +141,53 @@ def step_ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  y, pool = ssm.step_ssd(
+
+  def run(
+    x: Array,
+    dt: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    pool: Array,
+    d: Array | None,
+    layer: Array,
+    read_ids: Array,
+    write_ids: Array,
+    cu_seqlens: Array,
+  ) -> tuple[Array, Array]:
+    return ssm.step_ssd(
+      x,
+      dt,
+      a,
+      b,
+      c,
+      pool,
+      layer,
+      read_ids,
+      write_ids,
+      cu_seqlens,
+      d=d,
+      max_query_len=1 if metadata.is_decode else None,
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  b, c = _spread(split, x.shape[1], b, c)
+  at = functools.partial(split.spec, x.shape[1])
+  groups = split.spec(b.shape[1], axis=1)
+  tokens, heads, pools = at(axis=1), at(axis=0), at(axis=2)
+  specs = (tokens, tokens, heads, groups, groups, pools, heads, P(), P(), P(), P())
+  y, pool = split.over(run, in_specs=specs, out_specs=(tokens, pools))(
     x,
     dt,
     a,
     b,
     c,
     _pool(ctx, name),
-    layer,
+    d,
+    jnp.asarray(layer, jnp.int32),
     *state_ids(ctx, metadata),
     metadata.cu_seqlens,
-    d=d,
-    max_query_len=1 if metadata.is_decode else None,
-    implementation=implementation,
   )
   return _with_pool(ctx, name, pool), y
 
@@ -156,15 +221,27 @@ def causal_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  return ssm.causal_conv1d(
-    x,
-    weight,
-    state,
-    metadata.cu_seqlens,
-    bias=bias,
-    max_query_len=1 if metadata.is_decode else None,
-    num_states=_num_states(metadata),
-    implementation=implementation,
+
+  def run(
+    x: Array, weight: Array, state: Array, bias: Array | None, cu_seqlens: Array
+  ) -> tuple[Array, Array]:
+    return ssm.causal_conv1d(
+      x,
+      weight,
+      state,
+      cu_seqlens,
+      bias=bias,
+      max_query_len=1 if metadata.is_decode else None,
+      num_states=_num_states(metadata),
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  at = functools.partial(split.spec, x.shape[1])
+  specs = (at(axis=1), at(axis=0), at(axis=1), at(axis=0), P())
+  out_specs = (at(axis=1), at(axis=2 if _num_states(metadata) else 1))
+  return split.over(run, in_specs=specs, out_specs=out_specs)(
+    x, weight, state, bias, metadata.cu_seqlens
   )
 
 
@@ -203,19 +280,51 @@ def ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-  return ssm.ssd(
-    x,
-    dt,
-    a,
-    b,
-    c,
-    state,
-    metadata.cu_seqlens,
-    d=d,
-    max_query_len=1 if metadata.is_decode else None,
-    num_states=_num_states(metadata),
-    implementation=implementation,
+
+  def run(
+    x: Array,
+    dt: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    state: Array,
+    d: Array | None,
+    cu_seqlens: Array,
+  ) -> tuple[Array, Array]:
+    return ssm.ssd(
+      x,
+      dt,
+      a,
+      b,
+      c,
+      state,
+      cu_seqlens,
+      d=d,
+      max_query_len=1 if metadata.is_decode else None,
+      num_states=_num_states(metadata),
+      implementation=implementation,
+    )
+
+  split = sharding.split(metadata.head_axes)
+  b, c = _spread(split, x.shape[1], b, c)
+  at = functools.partial(split.spec, x.shape[1])
+  groups = split.spec(b.shape[1], axis=1)
+  tokens, heads = at(axis=1), at(axis=0)
+  specs = (tokens, tokens, heads, groups, groups, tokens, heads, P())
+  out_specs = (tokens, at(axis=2 if _num_states(metadata) else 1))
+  return split.over(run, in_specs=specs, out_specs=out_specs)(
+    x, dt, a, b, c, state, d, metadata.cu_seqlens
   )
+
+
+def _spread(split: Split, num_heads: int, b: Array, c: Array) -> tuple[Array, Array]:
+  """`b` and `c` `[T, G, N]` of as many groups as devices can share like their heads."""
+  num_groups = b.shape[1]
+  is_apart = split.axes(num_groups) != split.axes(num_heads)
+  if is_apart and split.num_local(num_groups) > 1:
+    # A device's heads would lie across groups that it does not have.
+    b, c = (jnp.repeat(g, num_heads // num_groups, axis=1) for g in (b, c))
+  return b, c
 
 
 def _num_states(metadata: StepMetadata) -> int | None:

@@ -14,7 +14,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, sampling, stepping
+from kvcache import context, ragged, sampling, sharding, stepping
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.context import Context
@@ -62,6 +62,7 @@ def _run_model(
     tokens = next_tokens(requests, batch, metadata)
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
+    logits = sharding.replicate(metadata.head_axes, logits)
   with jax.named_scope("commit"):
     ctx = stepping.commit(ctx, tokens, metadata)
   with jax.named_scope("sample"):
@@ -110,6 +111,7 @@ def _run_drafts(
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
+    logits = sharding.replicate(metadata.head_axes, logits)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
@@ -424,6 +426,8 @@ def serve(
     body,
     (ctx, requests, draft_state, history),
   )
+  ctx = sharding.constrain(ctx)
+  requests = sharding.replicate(ctx.config.head_axes, requests)
   extras = () if drafter is None else (draft_state,)
   return ctx, requests, *extras, *(() if history is None else (history,))
 

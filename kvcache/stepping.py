@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 import numpy as np
 
@@ -16,6 +17,7 @@ from kvcache import (
   prefix,
   ragged,
   sequences,
+  sharding,
   state_rows,
   states,
   windows,
@@ -156,6 +158,7 @@ def step_metadata(
     block_size=config.block_size,
     num_logits=num_logits,
     windows=ctx.windows,
+    head_axes=config.head_axes,
   )
   if cascade:
     found = metadata.find_shared_prefix(view, block_size=config.block_size)
@@ -231,7 +234,8 @@ def write_kv(
     owner = config.attention_layers[layer].shared_with
     if owner is not None:
       raise ValueError(f"layer {layer} reads the keys and values of layer {owner}")
-  shape = (metadata.num_tokens, spec.num_kv_heads)
+  store = ctx.kv[at]
+  shape = (metadata.num_tokens, store.num_heads)
   if k.shape != (*shape, spec.head_dim):
     raise ValueError(f"k must have shape {(*shape, spec.head_dim)}, got {k.shape}")
   if spec.is_latent:
@@ -241,7 +245,10 @@ def write_kv(
     got = None if v is None else v.shape
     raise ValueError(f"v must have shape {(*shape, spec.v_dim)}, got {got}")
   slots = view_of(config, at, metadata).slot_mapping
-  store = kv.write(ctx.kv[at], place, k, v, slots)
+  heads = sharding.split(config.head_axes)
+  pool, new = (heads.kv_spec(store.num_heads, axis=axis) for axis in (2, 1))
+  write = heads.over(kv.write, in_specs=(pool, P(), new, new, P()), out_specs=pool)
+  store = write(store, place, k, v, slots)
   return ctx.replace(kv=(*ctx.kv[:at], store, *ctx.kv[at + 1 :]))
 
 

@@ -19,8 +19,8 @@ from kvcache.nn import as_function
 from pallas_kernels import ssm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
-from tests import deviceless, hlo
 from pallas_kernels.ssm.arg_specs import ARG_SPECS as SSM_SPECS
+from tests import deviceless, hlo
 from tests.deviceless import Compiler
 
 pytestmark = [

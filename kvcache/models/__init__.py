@@ -11,6 +11,7 @@ from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.models.loaded import Loaded
 from kvcache.models.loading import DEMO_PACKAGE, demo_path, load
+from kvcache.models.tensor_parallel import cut_llama
 from kvcache.models.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
   "Loaded",
   "TextStream",
   "Tokenizer",
+  "cut_llama",
   "demo_path",
   "load",
 ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from kvcache import sharding
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -128,7 +129,8 @@ class Block(nnx.Module):
       self.attention_norm(x), layer, metadata, ctx, rotation=rotation
     )
     x = x + attended
-    return x + self.mlp(self.mlp_norm(x)), ctx
+    mapped = self.mlp(self.mlp_norm(x))
+    return x + sharding.sum_parts(metadata.head_axes, mapped), ctx
 
 
 class Llama(nnx.Module):

@@ -20,6 +20,7 @@ from kvcache.nn.rotary import (
   yarn_factors,
   yarn_scale,
 )
+from kvcache.nn.weight_specs import place_weights, weight_specs
 
 __all__ = [
   "FeedForward",
@@ -33,6 +34,8 @@ __all__ = [
   "apply_rotary",
   "as_function",
   "llama3_factors",
+  "place_weights",
+  "weight_specs",
   "yarn_factors",
   "yarn_scale",
 ]

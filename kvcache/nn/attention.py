@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kvcache import sharding
 from kvcache.attention import attend
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -129,4 +130,5 @@ class PagedAttention(nnx.Module):
       sliding_window=self.sliding_window,
       logits_soft_cap=self.logits_soft_cap,
     )
-    return self.out(attended.astype(x.dtype).reshape(num_tokens, -1)), ctx
+    out = self.out(attended.astype(x.dtype).reshape(num_tokens, -1))
+    return sharding.sum_parts(metadata.head_axes, out), ctx
