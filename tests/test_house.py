@@ -37,7 +37,7 @@ FLOORS = (
   {"kvcache"},
   {"nn"},
   {"models"},
-  {"prompts", "report", "terminal"},
+  {"plan", "prompts", "report", "terminal"},
   {"cli"},
   {"__main__"},
 )
