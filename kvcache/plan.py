@@ -99,7 +99,7 @@ class MemoryPlan:
       "cache_bytes": config.num_bytes,
       "bookkeeping_bytes": self.bookkeeping_bytes,
       "unused_bytes": self.unused_bytes,
-      "kv_dtype": config.dtype.name,
+      "kv_dtype": np.dtype(config.dtype).name,
       "bytes_per_token": self.bytes_per_token,
       "block_size": config.block_size,
       "bytes_per_block": config.bytes_per_block,
@@ -129,7 +129,7 @@ class MemoryPlan:
     config = self.config
     lines = [
       f"{self.name}: {self.num_weights / 1e9:.2f} billion weights in"
-      f" {self.weights_dtype}, keys and values in {config.dtype.name}",
+      f" {self.weights_dtype}, keys and values in {np.dtype(config.dtype).name}",
       "",
       _row("memory", self.num_bytes),
       _row("weights", self.weight_bytes),
@@ -238,7 +238,7 @@ def make_plan(
     reserved_bytes=reserved,
     num_weights=sum(x.size for x in shapes),
     weight_bytes=weight_bytes,
-    weights_dtype=model.dtype.name,
+    weights_dtype=np.dtype(weights_dtype).name,
     bookkeeping_bytes=bookkeeping_bytes(config),
     config=config,
   )
