@@ -168,6 +168,11 @@ def parse_bytes(text: str) -> int:
 
   Raises:
     ValueError: It is no positive number with a unit of bytes.
+
+  Example:
+    >>> from kvcache.plan import parse_bytes
+    >>> parse_bytes("80GB"), parse_bytes("1 GiB")
+    (80000000000, 1073741824)
   """
   match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
   try:
