@@ -51,7 +51,7 @@ format: setup ## Format the code and fix what lint can fix
 
 docs: setup ## Build the documentation into build/docs
 	@echo "==> documentation"
-	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs $(ARGS)
 	@echo "==> build/docs/index.html"
 
 bench: setup ## Run the benchmarks
