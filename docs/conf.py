@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import re
 import shutil
 import sys
 
@@ -35,7 +36,7 @@ autoclass_content = "both"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "exclude-members": "replace"}
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_use_ivar = True
@@ -61,6 +62,21 @@ def add_notebooks(app, name: str, source: list[str]) -> None:
     source[0] += "\n```{toctree}\n:caption: Notebooks\n:glob:\n\nnotebooks/*\n```\n"
 
 
+# What `ArrayLike` and `DTypeLike` stand for is longer than what it says.
+ALIASES = (
+  (re.compile(r"[^\s:,(]*Array \| [^=,)]*complex"), "ArrayLike"),
+  (re.compile(r"(?<=: )str \| type\[[^=,)]*SupportsDType"), "DTypeLike"),
+)
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+  """Writes the aliases in signatures that were resolved."""
+  for pattern, alias in ALIASES:
+    signature = pattern.sub(alias, signature or "")
+  return signature or None, returns
+
+
 def setup(app) -> None:
   """Called by Sphinx."""
   app.connect("source-read", add_notebooks)
+  app.connect("autodoc-process-signature", shorten)
