@@ -11,6 +11,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+from sphinx.util.inspect import signature as sphinx_signature  # noqa: E402
+from sphinx.util.inspect import stringify_signature  # noqa: E402
+
 import kvcache  # noqa: E402
 
 project = "kvcache"
@@ -65,12 +68,16 @@ def add_notebooks(app, name: str, source: list[str]) -> None:
 # What `ArrayLike` and `DTypeLike` stand for is longer than what it says.
 ALIASES = (
   (re.compile(r"[^\s:,(]*Array \| [^=,)]*complex"), "ArrayLike"),
+  (re.compile(r"<class 'jax.numpy.(\w+)'>"), r"jnp.\1"),
   (re.compile(r"(?<=: )str \| type\[[^=,)]*SupportsDType"), "DTypeLike"),
 )
 
 
 def shorten(app, what, name, obj, options, signature, returns):
-  """Writes the aliases in signatures that were resolved."""
+  """Writes the aliases in signatures that were resolved, and says what modules take."""
+  if what == "class" and signature and signature.startswith("(*args"):
+    told = sphinx_signature(obj.__init__, bound_method=True)
+    signature = stringify_signature(told, unqualified_typehints=True)
   for pattern, alias in ALIASES:
     signature = pattern.sub(alias, signature or "")
   return signature or None, returns
