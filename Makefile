@@ -4,7 +4,8 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench gpu tune floor aot wheel-test clean distclean
+.PHONY: help setup demo test test-slow lint format docs bench gpu tune floor aot \
+  wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
@@ -48,6 +49,11 @@ lint: setup ## Check format, lint and types
 format: setup ## Format the code and fix what lint can fix
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: setup ## Build the documentation into build/docs
+	@echo "==> documentation"
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs $(ARGS)
+	@echo "==> build/docs/index.html"
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)

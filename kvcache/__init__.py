@@ -16,6 +16,26 @@ Ids, lengths and counts are int32, hashes uint32. State comes first and is retur
 first; configuration is keyword-only. Users own `jax.jit`:
 
     step = jax.jit(step, donate_argnums=0)
+
+Examples in docstrings go on from here, with a step that has no model:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import kvcache as kv
+    >>> layer = kv.AttentionLayer(num_kv_heads=1, head_dim=4)
+    >>> config = kv.CacheConfig(
+    ...   layers=(layer,) * 2, num_blocks=9, block_size=4, max_seqs=2, max_seq_len=16
+    ... )
+    >>> ctx = jax.jit(kv.init, static_argnums=0)(config)
+    >>> @jax.jit
+    ... def store(ctx, tokens, query_lens):
+    ...   ctx, status = kv.extend(ctx, query_lens, num_tokens=16)
+    ...   metadata = kv.step_metadata(ctx, query_lens, num_tokens=16)
+    ...   return kv.commit(ctx, tokens, metadata)
+    >>> admit = jax.jit(kv.admit)
+    >>> prompt, length = jnp.arange(16)[None], jnp.array([10])
+    >>> started, admission = admit(ctx, prompt, length)  # row 0
+    >>> started = store(started, prompt[0], jnp.array([10, 0]))
 """
 
 from kvcache.attention import attend

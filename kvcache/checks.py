@@ -295,6 +295,13 @@ def check_invariants(ctx: Context) -> None:
 
   Raises:
     InvariantError: Eagerly, if any invariant is broken.
+
+  Example:
+    >>> kv.check_invariants(started)
+    >>> wrong = started.replace(pool=started.pool.replace(num_free=jnp.int32(0)))
+    >>> kv.check_invariants(wrong)
+    Traceback (most recent call last):
+    kvcache.errors.InvariantError: ...
   """
   if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ctx)):
     for sentence, holds in invariants(ctx).items():

@@ -1,4 +1,4 @@
-"""The command line: `python -m kvcache generate` and `python -m kvcache demo`.
+"""The command line: `python -m kvcache generate`, `demo` and `plan`.
 
 What is wrong with the input is said in one line on stderr, with exit code 2. Code 1
 means that the program itself failed: a broken invariant, or a request that got lost.
@@ -150,7 +150,48 @@ def _parser() -> argparse.ArgumentParser:
     token_budget=128,
     max_new_tokens=40,
   )
+  _add_plan(commands)
   return parser
+
+
+def _add_plan(commands: Any) -> None:
+  plan = commands.add_parser(
+    "plan", help="say how many blocks, rows and tokens fit beside a model's weights"
+  )
+  plan.add_argument(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help="llama-3-8b or another preset, a .gguf file, a Hugging Face folder, or"
+    " OWNER/NAME on the Hub; no weights are read",
+  )
+  plan.add_argument("--memory", required=True, metavar="SIZE", help="80GB, 64GiB")
+  plan.add_argument(
+    "--weights-dtype",
+    choices=("float32", "bfloat16", "float16"),
+    default="bfloat16",
+    help="element type of the weights",
+  )
+  plan.add_argument(
+    "--kv-dtype",
+    choices=_KV_DTYPES,
+    help="element type of keys and values; the weights' if omitted",
+  )
+  plan.add_argument(
+    "--reserve",
+    type=float,
+    default=0.1,
+    metavar="X",
+    help="share of the memory for activations and the runtime",
+  )
+  for name, default, text in (
+    ("--block-size", 16, "tokens in a block"),
+    ("--max-seqs", 64, "sequences that run at a time"),
+    ("--max-seq-len", None, "longest sequence; the model's context if omitted"),
+  ):
+    plan.add_argument(name, type=int, default=default, metavar="N", help=text)
+  plan.add_argument("--json", action="store_true", help="print JSON")
+  plan.set_defaults(run=_plan)
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +202,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--model",
     metavar="PATH",
-    help="a .gguf file or a Hugging Face folder; SmolLM2 if omitted",
+    help="a .gguf file, a Hugging Face folder, or OWNER/NAME on the Hub; SmolLM2 if"
+    " omitted",
   )
   add("--max-new-tokens", int, 128, "tokens to generate for each prompt")
   add("--temperature", float, 0.0, "0 is greedy")
@@ -181,6 +223,26 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 # --- Commands -------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+  from kvcache.plan import make_plan, parse_bytes
+
+  try:
+    plan = make_plan(
+      options.model,
+      parse_bytes(options.memory),
+      weights_dtype=options.weights_dtype,
+      kv_dtype=options.kv_dtype,
+      reserve=options.reserve,
+      block_size=options.block_size,
+      max_seqs=options.max_seqs,
+      max_seq_len=options.max_seq_len,
+    )
+  except ValueError as error:
+    raise CommandError(error) from error
+  print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.render())
+  return _OK
 
 
 def _demo(options: argparse.Namespace) -> int:

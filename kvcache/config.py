@@ -97,6 +97,11 @@ class RecurrentLayer:
   Attributes:
     state: Name of each array -> its shape, or a `jax.ShapeDtypeStruct` for another
       dtype than float32. Kept as a sorted tuple of pairs.
+
+  Example:
+    >>> mamba = kv.RecurrentLayer.mamba2(num_heads=2, head_dim=4, state_size=8)
+    >>> {name: array.shape for name, array in mamba.state}
+    {'conv': (24, 3), 'ssm': (2, 4, 8)}
   """
 
   state: Mapping[str, Any] | tuple[tuple[str, jax.ShapeDtypeStruct], ...]
@@ -212,6 +217,13 @@ class CacheConfig:
       Attention layers need none, so without recurrent ones it says nothing.
     head_axes: Mesh axes over which heads are split, a name or several; see
       `kvcache.sharding`. None on one device.
+
+  Example:
+    >>> config.bytes_per_block, config.max_blocks_per_seq, config.max_tokens_per_seq
+    (256, 4, 16)
+    >>> kv.CacheConfig(layers=(layer,), num_blocks=1)
+    Traceback (most recent call last):
+    ValueError: num_blocks must be at least 2 (block 0 is reserved), got 1
   """
 
   layers: tuple[Layer, ...]
@@ -340,6 +352,11 @@ class CacheConfig:
     Raises:
       ValueError: The budget cannot hold the null block and one usable block, and the
         states of one sequence.
+
+    Example:
+      >>> big = kv.CacheConfig.from_memory(10_000, layers=(layer,) * 2, block_size=4)
+      >>> big.num_blocks, big.num_bytes
+      (39, 9984)
     """
     if "num_blocks" in sizes:
       raise ValueError("from_memory computes num_blocks; pass num_bytes only")

@@ -123,6 +123,12 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     config: Static sizes.
     salt: `[]` integer. Contexts with different salts hash the same prompt differently,
       so that nobody can aim at buckets from outside. May be traced.
+
+  Example:
+    >>> ctx.kv[0].k.shape  # [L, N, K, block_size, D]
+    (2, 9, 1, 4, 4)
+    >>> int(ctx.pool.num_free)  # all but the null block
+    8
   """
   words = jnp.asarray(salt).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
@@ -181,7 +187,12 @@ def _pool_size(config: CacheConfig, window: int | None) -> int:
 
 
 def bookkeeping_bytes(config: CacheConfig) -> int:
-  """Bytes of every array that `init` makes except keys, values and states."""
+  """Bytes of every array that `init` makes except keys, values and states.
+
+  Example:
+    >>> kv.bookkeeping_bytes(config) < config.num_bytes
+    True
+  """
   shapes = jax.tree.leaves(jax.eval_shape(functools.partial(init, config)))
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
   return total - config.num_bytes
@@ -202,6 +213,11 @@ def publish(ctx: Context) -> Context:
 
   `admit`, `fork` and `finish` do it first. Blocks behind a window stay cached until
   evicted.
+
+  Example:
+    >>> _, num_hits = kv.find(kv.publish(started), prompt, length)
+    >>> num_hits.tolist()  # two full blocks of four tokens
+    [2]
   """
   size = ctx.config.chunk_size
   ctx = ctx.with_tables(publishing.publish(ctx.tables, chunk_size=size))
@@ -219,6 +235,12 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
 
   Returns:
     `(ctx, num_evicted [])`.
+
+  Example:
+    >>> cached = jax.jit(kv.finish)(started, jnp.array([True, False]))
+    >>> after, num_evicted = jax.jit(kv.evict)(cached, 1)
+    >>> int(num_evicted), int(after.pool.num_free) - int(cached.pool.num_free)
+    (1, 1)
   """
   count = arguments.as_int32("count", count, shape=())
 

@@ -111,6 +111,11 @@ def raise_for_status(
   Raises:
     CacheError: The subclass that belongs to the first failing row's code. The message
       names every failing row.
+
+  Example:
+    >>> kv.raise_for_status(jnp.array([0, 1]), ["first", "second"])
+    Traceback (most recent call last):
+    kvcache.errors.SequenceOverflowError: ...
   """
   codes = np.atleast_1d(np.asarray(status)).ravel()
   failed = np.flatnonzero(codes != Status.OK)

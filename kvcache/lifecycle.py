@@ -78,6 +78,14 @@ def admit(
 
   Raises:
     ValueError: Shapes or dtypes do not fit.
+
+  Example:
+    >>> ctx, admission = admit(started, prompt, length)
+    >>> admission.seq_ids.tolist(), admission.num_cached.tolist()
+    ([1], [8])
+    >>> _, full = admit(ctx, prompt, length)
+    >>> kv.Status(int(full.status[0])).name
+    'NO_ROW'
   """
   return admit_published(
     publish(ctx), tokens, lengths, namespace=namespace, block_budget=block_budget
@@ -182,6 +190,11 @@ def find(
   Returns:
     `(block_ids [A, C], num_hits [A])`: the first `num_hits[a]` ids of each row are
     cached blocks, the others `NULL_BLOCK`.
+
+  Example:
+    >>> block_ids, num_hits = kv.find(kv.publish(started), prompt, length)
+    >>> num_hits.tolist()
+    [2]
   """
   tokens = arguments.as_int32("tokens", tokens, ndim=2)
   lengths = arguments.as_int32("lengths", lengths, shape=(tokens.shape[0],))
@@ -244,6 +257,14 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   Returns:
     `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`,
     `NO_ROW`, `NO_BLOCKS`).
+
+  Example:
+    >>> ctx, seq_ids, status = jax.jit(kv.fork)(started, jnp.array([0]))
+    >>> seq_ids.tolist()
+    [1]
+    >>> tables = ctx.sequences.block_tables
+    >>> (tables[0] == tables[1]).tolist()[:3]  # two blocks are shared, one was copied
+    [True, True, False]
   """
   config = ctx.config
   src = arguments.as_int32("src", src, ndim=1)
@@ -349,6 +370,11 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     `NO_STATE` where no recurrent state stands at the length wanted, or what a sliding
     window needs there is gone, or `NO_BLOCKS` where the copy found no free block: those
     rows are unchanged.
+
+  Example:
+    >>> ctx, status = jax.jit(kv.rewind)(started, jnp.array([3, 0]))
+    >>> ctx.sequences.seq_lens.tolist(), status.tolist()
+    ([7, 0], [0, 0])
   """
   config = ctx.config
   pool, table, index, live_states, window_blocks = ctx.tables
@@ -457,6 +483,11 @@ def finish(ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True) -> Contex
     keep_prefix: Whether the sequences' full blocks stay cached, until evicted, for
       later prompts that begin alike. If not, whatever only these sequences brought into
       the cache is free at once.
+
+  Example:
+    >>> ctx = jax.jit(kv.finish)(started, jnp.array([True, False]))
+    >>> int(ctx.pool.num_free), int(ctx.prefix.num_evictable)
+    (6, 2)
   """
   if keep_prefix:
     ctx = publish(ctx)
@@ -484,6 +515,10 @@ def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
   """Ends all sequences; forgets cached prefixes and counters, or keeps them.
 
   Keys, values and states are left in place, unreachable.
+
+  Example:
+    >>> int(jax.jit(kv.reset)(started).pool.num_free)
+    8
   """
   if keep_prefix:
     return finish(ctx, jnp.ones(ctx.config.max_seqs, bool))

@@ -220,6 +220,11 @@ def make_requests(
 
   Raises:
     ValueError: An argument has the wrong length or range.
+
+  Example:
+    >>> requests = kv.make_requests([[1, 2, 3], [4]], max_new_tokens=[2, 5])
+    >>> requests.tokens.shape, requests.max_lens.tolist()
+    ((2, 6), [5, 6])
   """
   num = len(prompts)
   if not num:

@@ -41,6 +41,13 @@ class SamplingParams:
     min_p: Keep tokens at least `min_p` times as likely as the likeliest; 0 keeps all.
     seed: Names the random stream of the request. Two requests with the same prompt,
       settings and seed get the same tokens.
+
+  Example:
+    >>> kv.SamplingParams(temperature=0.8, top_p=0.95, seed=7).top_k
+    0
+    >>> kv.SamplingParams(temperature=-1.0)
+    Traceback (most recent call last):
+    ValueError: temperature must be ...
   """
 
   temperature: float = 0.0

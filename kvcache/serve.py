@@ -333,6 +333,18 @@ def serve(
   Raises:
     ValueError: The token budget is less than the rows, or the drafter guesses more than
       the `max_drafts` that recurrent layers keep states for.
+
+  Example:
+    >>> def count(tokens, metadata, ctx):  # says the position
+    ...   x = jnp.zeros((tokens.size, 1, 4))
+    ...   for layer in range(2):
+    ...     ctx = kv.write_kv(ctx, layer, x, x, metadata)
+    ...   return jax.nn.one_hot(metadata.positions[metadata.logits_indices], 16), ctx
+    >>> requests = kv.make_requests([[7, 7, 7]], max_new_tokens=3)
+    >>> run = jax.jit(kv.serve, static_argnums=0, donate_argnums=(1, 2))
+    >>> ctx, requests = run(count, ctx, requests)
+    >>> requests.tokens[0].tolist()
+    [7, 7, 7, 2, 3, 4]
   """
   sch.check_budget(ctx, scheduler)
   reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step

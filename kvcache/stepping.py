@@ -52,6 +52,12 @@ def extend(
     a block, gets `NO_BLOCKS`; likewise
     `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
     (negative) rows take nothing from others.
+
+  Example:
+    >>> grow = jax.jit(kv.extend)  # a decode step: a token for each row
+    >>> ctx, status = grow(started, jnp.array([1, 1]))
+    >>> [kv.Status(code).name for code in status.tolist()]
+    ['OK', 'INACTIVE']
   """
   config, table = ctx.config, ctx.sequences
   query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
@@ -136,6 +142,11 @@ def step_metadata(
   Raises:
     ValueError: Shapes or dtypes do not fit, or `num_logits` is out of range: with
       recurrent layers it is at most `1 + config.max_drafts`.
+
+  Example:
+    >>> metadata = jax.jit(kv.step_metadata)(started, jnp.array([1, 0]))
+    >>> metadata.positions.tolist(), metadata.is_padding.tolist()
+    ([10, 0], [False, True])
   """
   config = ctx.config
   if num_logits < 1 or (num_logits > 1 and num_tokens is None):

@@ -39,7 +39,7 @@ FLOORS = (
   {"kvcache"},
   {"nn"},
   {"models"},
-  {"prompts", "report"},
+  {"plan", "prompts", "report"},
   {"cli"},
   {"__main__"},
 )

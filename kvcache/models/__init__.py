@@ -1,7 +1,8 @@
 """Small, readable reference models and their weight loaders.
 
-`load(path)` reads a GGUF file or a Hugging Face folder; without a path it takes the
-demo model.
+`load(path)` reads a GGUF file, a Hugging Face folder, or a model of the Hugging Face
+Hub by its name; without a path it takes the demo model. `load_config(path)` reads a
+model's shape alone.
 """
 
 from kvcache.models.deepseek2 import DeepSeek2, DeepSeek2Config
@@ -10,12 +11,14 @@ from kvcache.models.gemma2 import Gemma2, Gemma2Config
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.models.loaded import Loaded
-from kvcache.models.loading import DEMO_PACKAGE, demo_path, load
+from kvcache.models.loading import DEMO_PACKAGE, demo_path, load, load_config
+from kvcache.models.presets import PRESETS
 from kvcache.models.tensor_parallel import cut_llama
 from kvcache.models.tokenizer import TextStream, Tokenizer
 
 __all__ = [
   "DEMO_PACKAGE",
+  "PRESETS",
   "DeepSeek2",
   "DeepSeek2Config",
   "Gemma2",
@@ -31,4 +34,5 @@ __all__ = [
   "cut_llama",
   "demo_path",
   "load",
+  "load_config",
 ]

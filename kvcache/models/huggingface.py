@@ -135,6 +135,50 @@ def load_huggingface(
   )
 
 
+def read_config(
+  folder: str | pathlib.Path, *, source: str | None = None
+) -> ModelConfig:
+  """Returns the shape of the model in a folder, of which `config.json` is enough.
+
+  Whether there are biases, norms of heads and an output matrix is read off the names of
+  the tensors where these are known, else told from what the family does.
+
+  Args:
+    folder: The folder.
+    source: For messages, if not the folder.
+
+  Raises:
+    LoadError: As in `config_from_huggingface`.
+  """
+  folder = pathlib.Path(folder)
+  source = source or str(folder)
+  settings = _read_json(folder / "config.json")
+  index = folder / "model.safetensors.index.json"
+  if index.is_file():
+    names = set(_read_json(index).get("weight_map", {}))
+  elif (folder / "model.safetensors").is_file():
+    with contextlib.ExitStack() as stack:
+      names = set(_open_tensors(folder, stack))
+  else:
+    names = _usual_names(settings)
+  return config_from_huggingface(settings, names, source=source)
+
+
+def _usual_names(settings: dict[str, Any]) -> set[str]:
+  """Names of the tensors that decide about a model's shape, by family and settings."""
+  family, roles = settings.get("model_type"), set()
+  if not settings.get("tie_word_embeddings", False):
+    roles.add("head")
+  has_bias = settings.get("attention_bias", False)
+  if has_bias or family == "qwen2":
+    roles |= {"q_bias", "k_bias", "v_bias"}
+  if has_bias:
+    roles.add("out_bias")
+  if family == "qwen3":
+    roles |= {"q_norm", "k_norm"}
+  return {_NAMES[role].format(layer=0) for role in roles}
+
+
 def config_from_huggingface(
   settings: dict[str, Any], names: set[str], *, source: str
 ) -> ModelConfig:

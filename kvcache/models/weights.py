@@ -121,6 +121,11 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
   return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
+def weight_shapes(config: ModelConfig) -> list[jax.ShapeDtypeStruct]:
+  """Returns shape and dtype of every array that a loaded model has; makes none."""
+  return jax.tree.leaves(_abstract(config)[1])
+
+
 def _slot(config: ModelConfig, path: tuple) -> _Slot:
   names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
   names = tuple(name for name in names if name not in (None, "value"))

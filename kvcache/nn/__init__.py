@@ -2,7 +2,8 @@
 
 A layer owns weights and nothing else; keys and values live in the `Context` that goes
 in and comes out. `as_function` turns a finished module into the plain callable that
-`kvcache.serve` and `kvcache.generate` want.
+`kvcache.serve` and `kvcache.generate` want. `StepCache` and `attend_with` are for
+models that have attention of their own.
 """
 
 from kvcache.nn.attention import PagedAttention
@@ -20,6 +21,7 @@ from kvcache.nn.rotary import (
   yarn_factors,
   yarn_scale,
 )
+from kvcache.nn.step_cache import attend_with, StepCache
 from kvcache.nn.weight_specs import place_weights, weight_specs
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
   "PagedAttention",
   "RMSNorm",
   "Rotary",
+  "StepCache",
   "apply_rotary",
   "as_function",
+  "attend_with",
   "llama3_factors",
   "place_weights",
   "weight_specs",

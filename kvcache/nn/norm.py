@@ -10,8 +10,7 @@ class RMSNorm(nnx.Module):
   """Scales the last axis to unit root mean square, then by learned weights.
 
   Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. The mean
-    is
-  taken in float32 whatever the input is.
+  is taken in float32 whatever the input is.
 
   Attributes:
     scale: `[features]` learned weights.

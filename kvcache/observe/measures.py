@@ -65,7 +65,13 @@ class Events(flax.struct.PyTreeNode, kw_only=True):
 
 
 def stats(ctx: Context) -> Stats:
-  """Measures a context."""
+  """Measures a context.
+
+  Example:
+    >>> numbers = kv.stats(started)
+    >>> int(numbers.num_tokens), int(numbers.num_in_use), int(numbers.num_reserved)
+    (10, 3, 2)
+  """
   refs, table, counters = ctx.pool.ref_counts, ctx.sequences, ctx.counters
   room = table.num_blocks * ctx.config.block_size
   prompt_tokens = counters.prompt_tokens.astype(jnp.float32)
@@ -104,6 +110,11 @@ def events(before: Context, after: Context) -> Events:
   Args:
     before: An earlier context (not donated since).
     after: A later one of the same configuration.
+
+  Example:
+    >>> after = jax.jit(kv.publish)(started)
+    >>> int(kv.events(started, after).stored.sum())
+    2
   """
   if before.config != after.config:
     raise ValueError("before and after have different configurations")

@@ -1,0 +1,92 @@
+"""A language model of plain functions and a dictionary of arrays: no Flax.
+
+`python -m examples.model_plain` generates a few tokens with random weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import kvcache as kv
+
+HEADS, KV_HEADS, HEAD_DIM, VOCAB, NUM_LAYERS = 4, 2, 8, 64, 2
+WIDTH = HEADS * HEAD_DIM
+
+
+def make_weights(key: jax.Array) -> dict[str, jax.Array]:
+  """Random weights; those of the layers are stacked."""
+  shapes = {
+    "embedding": (VOCAB, WIDTH),
+    "positions": (128, WIDTH),
+    "q": (NUM_LAYERS, WIDTH, HEADS, HEAD_DIM),
+    "k": (NUM_LAYERS, WIDTH, KV_HEADS, HEAD_DIM),
+    "v": (NUM_LAYERS, WIDTH, KV_HEADS, HEAD_DIM),
+    "out": (NUM_LAYERS, HEADS, HEAD_DIM, WIDTH),
+  }
+  keys = jax.random.split(key, len(shapes))
+  return {
+    name: jax.random.normal(key, shape) * WIDTH**-0.5
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+def model(weights, tokens, metadata, ctx):
+  """Computes the step's tokens `[T]`: logits `[S, VOCAB]`, and the cache.
+
+  The layers are scanned, and the cache is the carry: no layer of it is ever sliced out.
+  """
+  x = weights["embedding"].at[tokens].get(mode="clip")
+  x = x + weights["positions"][metadata.positions]
+
+  def attention_layer(carry, layer_and_weights):
+    x, ctx = carry
+    layer, w = layer_and_weights
+    q = jnp.einsum("tw,whd->thd", x, w["q"])
+    k = jnp.einsum("tw,whd->thd", x, w["k"])
+    v = jnp.einsum("tw,whd->thd", x, w["v"])
+    ctx = kv.write_kv(ctx, layer, k, v, metadata)
+    attended = kv.attend(ctx, layer, q, metadata)
+    return (x + jnp.einsum("thd,hdw->tw", attended, w["out"]), ctx), None
+
+  layers = jnp.arange(NUM_LAYERS, dtype=jnp.int32)
+  stacked = {name: weights[name] for name in ("q", "k", "v", "out")}
+  (x, ctx), _ = jax.lax.scan(attention_layer, (x, ctx), (layers, stacked))
+  return x[metadata.logits_indices] @ weights["embedding"].T, ctx
+
+
+def main() -> list[list[int]]:
+  """Generates from two prompts."""
+  config = kv.CacheConfig(
+    layers=(kv.AttentionLayer(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM),) * NUM_LAYERS,
+    num_blocks=16,
+    block_size=4,
+    max_seqs=2,
+    max_seq_len=32,
+  )
+  weights = make_weights(jax.random.key(0))
+  _, completions = kv.generate(
+    jax.tree_util.Partial(model, weights),  # the weights are arguments, not constants
+    kv.init(config),
+    [[1, 2, 3, 4, 5], [9, 8, 7]],
+    max_new_tokens=6,
+    scheduler=kv.SchedulerConfig(token_budget=8),
+  )
+  return [completion.tokens for completion in completions]
+
+
+def step(weights, ctx, tokens, query_lens, *, num_tokens=None):
+  """One step by hand, for those who write the loop themselves."""
+  ctx, _ = kv.extend(ctx, query_lens, num_tokens=num_tokens)
+  metadata = kv.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  logits, ctx = model(weights, tokens, metadata, ctx)
+  return kv.commit(ctx, tokens, metadata), logits
+
+
+compiled_step = functools.partial(
+  jax.jit, donate_argnums=1, static_argnames="num_tokens"
+)(step)
+
+
+if __name__ == "__main__":
+  print(main())
