@@ -209,6 +209,9 @@ class CacheConfig:
     max_drafts: Drafts per step that recurrent layers keep states for: each sequence
       owns `1 + max_drafts` states, one for each length at which a draft step may end.
       Attention layers need none, so without recurrent ones it says nothing.
+    scrub: Whether blocks and states are zeroed when they are handed out, so that a
+      sequence never holds what another one left behind. For those who share a device
+      between tenants; what is free keeps its content until then.
   """
 
   layers: tuple[Layer, ...]
@@ -223,6 +226,7 @@ class CacheConfig:
   snapshot_interval: int = 16
   num_window_blocks: int | None = None
   max_drafts: int = 0
+  scrub: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "layers", tuple(self.layers))
@@ -257,6 +261,8 @@ class CacheConfig:
       raise ValueError(
         f"max_drafts must be a non-negative int, got {self.max_drafts!r}"
       )
+    if not isinstance(self.scrub, bool):
+      raise ValueError(f"scrub must be True or False, got {self.scrub!r}")
     if not isinstance(self.num_blocks, int) or self.num_blocks < 2:
       raise ValueError(
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"

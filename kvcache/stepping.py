@@ -14,6 +14,7 @@ from kvcache import (
   metadata,
   prefix,
   ragged,
+  scrubbing,
   sequences,
   state_rows,
   states,
@@ -85,6 +86,7 @@ def extend(
   need = jnp.where(fits, need, 0)
 
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  num_entries = config.max_seqs + (num_tokens or 0) // config.block_size
   if num_tokens is None:
     wants = need > 0
     pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=ranks[0])
@@ -94,7 +96,6 @@ def extend(
       for window, own, before in zip(ctx.windows, recycles, ranks[1:], strict=True)
     )
   else:
-    num_entries = config.max_seqs + num_tokens // config.block_size
     pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
     block_rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
     columns = table.num_blocks[block_rows] + given.offsets
@@ -104,7 +105,8 @@ def extend(
     )
   table = sequences.set_blocks(table, block_rows, columns, block_ids, wants)
   table = table.replace(num_blocks=table.num_blocks + need)
-  return ctx.replace(pool=pool, sequences=table, windows=window_blocks), status
+  after = ctx.replace(pool=pool, sequences=table, windows=window_blocks)
+  return scrubbing.clear_blocks(after, ctx, num_entries=num_entries), status
 
 
 def step_metadata(
@@ -347,7 +349,9 @@ def commit(
   rows = ctx.state_rows
   if rows is not None:
     rows = _advance_states(ctx, rows, num_new, metadata.num_logits)
-  return ctx.replace(sequences=table, prefix=index, state_rows=rows)
+  after = ctx.replace(sequences=table, prefix=index, state_rows=rows)
+  num_entries = ctx.config.max_seqs * metadata.num_logits
+  return scrubbing.clear_states(after, ctx, num_entries=num_entries)
 
 
 def tokens_to_snapshot(ctx: Context) -> Array:

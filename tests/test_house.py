@@ -27,6 +27,7 @@ FLOORS = (
   {"metadata"},
   {"publishing", "releasing"},
   {"context"},
+  {"scrubbing"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "sharding", "requests", "sampling"},
   {"handoff"},
