@@ -105,7 +105,7 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     salt: `[]` integer. Contexts with different salts hash the same prompt differently,
       so that nobody can aim at buckets from outside. May be traced.
   """
-  words = jnp.asarray(salt).astype(jnp.uint32)
+  words = arguments.as_int32("salt", salt, shape=()).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
   rows, store, recurrent = None, None, config.recurrent_layer
   if recurrent is not None:

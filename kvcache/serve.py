@@ -59,6 +59,7 @@ def _run_model(
   )
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
+  _check_logits(logits, metadata)
   ctx = stepping.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
@@ -103,6 +104,7 @@ def _run_drafts(
   known = next_tokens(requests, batch, metadata)
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   logits, ctx = model(tokens, metadata, ctx)
+  _check_logits(logits, metadata)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
@@ -132,6 +134,16 @@ def _run_drafts(
     batch,
     draft_state,
   )
+
+
+def _check_logits(logits: Array, metadata: StepMetadata) -> None:
+  wanted = metadata.logits_indices.shape[0]
+  is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
+  if logits.ndim != 2 or logits.shape[0] != wanted or not is_floating:
+    raise ValueError(
+      f"the model must return floating logits [{wanted}, vocab], one for each of"
+      f" metadata.logits_indices, got {logits.dtype}{list(logits.shape)}"
+    )
 
 
 def take_samples(

@@ -89,11 +89,13 @@ def extend(
   num_entries = config.max_seqs + (num_tokens or 0) // config.block_size
   if num_tokens is None:
     wants = need > 0
-    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=ranks[0])
+    # With an order, which may name a row twice, they are counted anew.
+    known = list(ranks) if order is None else [None] * (1 + len(ctx.windows))
+    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=known[0])
     columns, block_rows = table.num_blocks, rows
     window_blocks = tuple(
       windows.extend_one_each(window, table, wants, own, ranks=before)
-      for window, own, before in zip(ctx.windows, recycles, ranks[1:], strict=True)
+      for window, own, before in zip(ctx.windows, recycles, known[1:], strict=True)
     )
   else:
     pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
