@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import kvcache
-from tests.hostile import kernels, requests, settings, verbs
+from scripts import wrong_uses
 from tests.hostile.table import busy, crowded, drained
 
-USES = [*verbs.USES, *settings.USES, *requests.USES, *kernels.USES]
+USES = wrong_uses.every_use()
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,8 @@ def test_the_table_is_long_and_names_are_unique():
   assert len(names) >= 60 and len(set(names)) == len(names)
   for use in USES:
     assert use.raises is None or use.message, use.name
+
+
+def test_the_documentation_has_the_table():
+  current = wrong_uses.PATH.read_text("utf-8") == wrong_uses.text()
+  assert current, "run `python -m scripts.wrong_uses`"

@@ -501,6 +501,7 @@ REFUSED: list[WrongUse] = [
     "export_sequences: rows that hold no sequence, sequences that are too long",
     lambda: export(busy(), 3, -1, 0, max_len=5),
     gives=([False, False, False], [0, 0, 0]),
+    note="marked as not valid, and empty",
   ),
   row(
     "import_sequences: what no export made valid",
