@@ -103,27 +103,27 @@ USES: list[WrongUse] = [
   refused(
     "a text instead of its tokens",
     lambda: make(["h\u00e9llo \U0001f680", [1]]),
-    "prompts.0. must be a list of token ids, got 'h\u00e9llo \U0001f680'",
+    "prompts\\[0\\] must be a list of token ids, got 'h\u00e9llo \U0001f680'",
   ),
   refused(
     "one prompt, not a list of prompts",
     lambda: make([1, 2, 3]),
-    "prompts.0. must be a list of token ids, got '1'",
+    "prompts\\[0\\] must be a list of token ids, got '1'",
   ),
   refused(
     "a prompt in a prompt",
     lambda: make([[[1, 2]]]),
-    "prompts.0. must be a list of token ids",
+    "prompts\\[0\\] must be a list of token ids",
   ),
   refused(
     "tokens that are no integers",
     lambda: make([[1], [1.5, 2]]),
-    r"prompts.1. must be a list of token ids, got '\[1.5, 2\]'",
+    r"prompts\[1\] must be a list of token ids, got '\[1.5, 2\]'",
   ),
   refused(
     "a token beyond int32",
     lambda: make([[1, 2**40]]),
-    "prompts.0. must fit into int32, got 1099511627776",
+    "prompts\\[0\\] must fit into int32, got 1099511627776",
   ),
   refused(
     "no new token", lambda: make(max_new_tokens=0), "max_new_tokens must be at least 1"
