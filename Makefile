@@ -4,7 +4,7 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs bench gpu tune floor aot \
+.PHONY: help setup demo test test-slow mutate lint format docs bench gpu tune floor aot \
   wheel-test clean distclean
 
 BIN := .venv/bin
@@ -37,6 +37,9 @@ test: setup ## Run the everyday tests
 test-slow: setup ## Run the long random walks
 	@echo "==> slow tests"
 	@$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] # 5: there are none
+
+mutate: setup ## Break the library on purpose and count what the tests notice (an hour)
+	@$(BIN)/python scripts/mutate.py $(ARGS)
 
 lint: setup ## Check format, lint and types
 	@echo "==> ruff format --check"

@@ -1,8 +1,12 @@
 """Reading the arguments of verbs: what cannot be right is refused at trace time."""
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
+
+_INT32 = np.iinfo(np.int32)
 
 
 def as_int32(
@@ -13,6 +17,7 @@ def as_int32(
   shape: tuple[int, ...] | None = None,
 ) -> Array:
   """Returns the value as int32; `ValueError` if it is no integer or misshapen."""
+  check_int32(name, value)
   array = jnp.asarray(value)
   if not jnp.issubdtype(array.dtype, jnp.integer):
     raise ValueError(f"{name} must be integers, got {array.dtype}{list(array.shape)}")
@@ -21,6 +26,18 @@ def as_int32(
   if shape is not None and array.shape != shape:
     raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
   return array.astype(jnp.int32)
+
+
+def check_int32(name: str, value: object) -> None:
+  """Refuses numbers of the host that JAX would wrap around; `ValueError`."""
+  for leaf in jax.tree.leaves(value):
+    if isinstance(leaf, int | np.integer | np.ndarray) and np.size(leaf):
+      host = np.asarray(leaf)
+      if host.dtype.kind not in "iuO":
+        continue
+      for worst in (host.min(), host.max()):
+        if not _INT32.min <= worst <= _INT32.max:
+          raise ValueError(f"{name} must fit into int32, got {worst}")
 
 
 def as_namespaces(namespace: ArrayLike, num: int) -> Array:

@@ -118,6 +118,22 @@ def allocate_one_each(
   return pool, block_ids
 
 
+def taken(before: BlockPool, after: BlockPool, *, num_entries: int) -> Array:
+  """The blocks handed out between two states of a pool, if none came back meanwhile.
+
+  Args:
+    before: The pool before.
+    after: The pool after, of which `before` had more free.
+    num_entries: `E`, static bound on their number.
+
+  Returns:
+    `[E]` int32 block ids, `N` past the last one.
+  """
+  at = after.num_free + jnp.arange(num_entries, dtype=jnp.int32)
+  block_ids = before.free_list[jnp.minimum(at, before.num_blocks - 1)]
+  return ragged.masked(block_ids, at < before.num_free, before.num_blocks)
+
+
 def share(pool: BlockPool, block_ids: Array) -> BlockPool:
   """Adds one reference per listed block. Ids may repeat; `NULL_BLOCK` is ignored."""
   to = ragged.masked(block_ids, block_ids != NULL_BLOCK, pool.num_blocks)

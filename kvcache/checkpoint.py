@@ -33,6 +33,9 @@ def save_checkpoint(
 
   Returns:
     Where it was written.
+
+  Raises:
+    CheckpointError: The path is taken by what is no folder.
   """
   step = int(requests.num_steps)
   state = {"context": ctx, "requests": requests}
@@ -74,10 +77,10 @@ def restore_checkpoint(
       configuration or to other prompts.
   """
   like = {"context": ctx, "requests": requests}
+  if not has_checkpoint(folder):
+    raise CheckpointError(f"{folder} holds no complete checkpoint")
   with _manager(folder) as (ocp, manager):
     step = manager.latest_step()
-    if step is None:
-      raise CheckpointError(f"{folder} holds no complete checkpoint")
     try:
       saved = manager.restore(
         step, args=ocp.args.Composite(sizes=ocp.args.JsonRestore())
@@ -104,6 +107,8 @@ class _manager:  # noqa: N801
     self.folder = pathlib.Path(folder).absolute()
 
   def __enter__(self) -> tuple[Any, Any]:
+    if self.folder.exists() and not self.folder.is_dir():
+      raise CheckpointError(f"{self.folder} is no folder")
     try:
       import orbax.checkpoint as ocp
     except ImportError as error:

@@ -217,6 +217,9 @@ class CacheConfig:
       Attention layers need none, so without recurrent ones it says nothing.
     head_axes: Mesh axes over which heads are split, a name or several; see
       `kvcache.sharding`. None on one device.
+    scrub: Whether blocks and states are zeroed when they are handed out, so that a
+      sequence never holds what another one left behind. For those who share a device
+      between tenants; what is free keeps its content until then.
 
   Example:
     >>> config.bytes_per_block, config.max_blocks_per_seq, config.max_tokens_per_seq
@@ -239,6 +242,7 @@ class CacheConfig:
   num_window_blocks: int | None = None
   max_drafts: int = 0
   head_axes: tuple[str, ...] = ()
+  scrub: bool = False
 
   def __repr__(self) -> str:
     # Models have dozens of equal layers, and every print of a context shows them.
@@ -285,6 +289,8 @@ class CacheConfig:
       raise ValueError(
         f"max_drafts must be a non-negative int, got {self.max_drafts!r}"
       )
+    if not isinstance(self.scrub, bool):
+      raise ValueError(f"scrub must be True or False, got {self.scrub!r}")
     if not isinstance(self.num_blocks, int) or self.num_blocks < 2:
       raise ValueError(
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"

@@ -130,7 +130,7 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     >>> int(ctx.pool.num_free)  # all but the null block
     8
   """
-  words = jnp.asarray(salt).astype(jnp.uint32)
+  words = arguments.as_int32("salt", salt, shape=()).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
   rows, store, recurrent = None, None, config.recurrent_layer
   if recurrent is not None:

@@ -157,11 +157,8 @@ def generate(
     logprobs=logprobs,
     capacity=ctx.config.max_tokens_per_seq + 1,
   )
-  params = (
-    [sampling_params]
-    if isinstance(sampling_params, SamplingParams)
-    else list(sampling_params)
-  )
+  is_for_all = isinstance(sampling_params, SamplingParams)
+  params = [sampling_params] if is_for_all else list(sampling_params)
   sampler = sampling.choose_sampler(params)
   if not isinstance(model, jax.tree_util.Partial):
     model = jax.tree_util.Partial(model)

@@ -23,6 +23,7 @@ from kvcache import (
   lifecycle,
   prefix,
   ragged,
+  scrubbing,
   sequences,
   state_rows,
   states,
@@ -172,7 +173,8 @@ def import_sequences(
     num_frozen=num_hits,
     is_sealed=jnp.zeros_like(ok),
   )
-  pool, given = blocks.allocate(pool, need, num_entries=num_seqs * -(-max_len // size))
+  num_entries = num_seqs * -(-max_len // size)
+  pool, given = blocks.allocate(pool, need, num_entries=num_entries)
   columns = num_hits[given.rows] + given.offsets
   table = sequences.set_blocks(
     table, rows[given.rows], columns, given.block_ids, given.is_valid
@@ -187,11 +189,16 @@ def import_sequences(
     )
     for window, wanted_here in zip(window_blocks, window_needs, strict=True)
   )
-  if live_states is not None and ctx.states is not None:
+  to = rows
+  if live_states is not None:
     live_states, to = state_rows.adopt(live_states, rows, ok, lengths > 0)
-    ctx = ctx.replace(states=states.put(ctx.states, state.states, to))
   tables = Tables(pool, table, index, live_states, window_blocks)
-  ctx = ctx.with_tables(tables)
+  before, ctx = ctx, ctx.with_tables(tables)
+  ctx = scrubbing.clear_blocks(ctx, before, num_entries=num_entries)
+  num_states = num_seqs * (1 + config.max_drafts)
+  ctx = scrubbing.clear_states(ctx, before, num_entries=num_states)
+  if ctx.states is not None:
+    ctx = ctx.replace(states=states.put(ctx.states, state.states, to))
 
   here = jnp.minimum(rows, config.max_seqs - 1)
   position = jnp.arange(max_len, dtype=jnp.int32)[None]

@@ -182,6 +182,11 @@ def write_tokens(store: KVStore, tokens: KVStore, slots: Array) -> KVStore:
   return jax.tree.map(put, store, tokens)
 
 
+def clear_blocks(store: KVStore, block_ids: Array) -> KVStore:
+  """Zeroes whole blocks in all layers: `block_ids [E]` int32; `N` drops the entry."""
+  return jax.tree.map(lambda pool: pool.at[:, block_ids].set(0, mode="drop"), store)
+
+
 def copy_blocks(store: KVStore, source: Array, target: Array) -> KVStore:
   """Copies whole blocks in all layers; see `ragged.copy_rows`.
 

@@ -14,6 +14,7 @@ from kvcache import (
   prefix,
   ragged,
   releasing,
+  scrubbing,
   sequences,
   state_rows,
   states,
@@ -171,7 +172,9 @@ def admit_published(
     + total(jnp.where(ok, num_lost * config.block_size, 0)),
   )
   tables = Tables(pool, table, index, live_states, window_blocks)
-  ctx = ctx.with_tables(tables).replace(counters=counters)
+  after = ctx.with_tables(tables).replace(counters=counters)
+  num_states = num_prompts * (1 + config.max_drafts)
+  ctx = scrubbing.clear_states(after, ctx, num_entries=num_states)
   seq_ids = jnp.where(ok, rows, -1)
   return ctx, Admission(seq_ids=seq_ids, num_cached=num_cached, status=status)
 
@@ -318,6 +321,10 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   stores = _copy_blocks(ctx, (partial, to), [copied for _, *copied in forked])
   if live_states is not None and ctx.states is not None:
     live_states, copies = state_rows.fork(live_states, source, rows, ok)
+    num_states = src.shape[0] * (1 + config.max_drafts)
+    after = ctx.replace(state_rows=live_states)
+    ctx = scrubbing.clear_states(after, ctx, num_entries=num_states)
+    assert ctx.states is not None
     ctx = ctx.replace(states=states.copy(ctx.states, *copies))
   tables = Tables(pool, table, index, live_states, window_blocks)
   ctx = ctx.with_tables(tables).replace(kv=stores)

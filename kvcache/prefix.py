@@ -111,6 +111,12 @@ def store_tokens(index: PrefixIndex, slots: Array, tokens: Array) -> PrefixIndex
   return index.replace(block_tokens=flat.reshape(index.block_tokens.shape))
 
 
+def clear_tokens(index: PrefixIndex, block_ids: Array) -> PrefixIndex:
+  """Forgets whole blocks of tokens: `block_ids [E]` int32; `N` drops the entry."""
+  block_tokens = index.block_tokens.at[block_ids].set(0, mode="drop")
+  return index.replace(block_tokens=block_tokens)
+
+
 def copy_tokens(index: PrefixIndex, source: Array, target: Array) -> PrefixIndex:
   """Copies whole blocks of tokens; a target of `N` drops the entry."""
   rows = ragged.hold(index.block_tokens[source])

@@ -11,6 +11,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 _COPY_BATCH = 4
+_NEVER = 2**31 - 1
 
 
 class Ragged(flax.struct.PyTreeNode, kw_only=True):
@@ -58,7 +59,8 @@ def first_come(need: Array, available: Array, *, order: Array | None = None):
   Args:
     need: `[S]` int32, non-negative. Or `[G, S]`, of several things.
     available: `[]` int32, or `[G]`.
-    order: `[S]` int32 permutation: the row served first, second and so on.
+    order: `[S]` int32 permutation: the row served first, second and so on. A row that
+      it does not name gets nothing.
 
   Returns:
     `(starts, fits)`: int32 as `need`, what the rows before took; `[S]` bool. A row that
@@ -68,7 +70,7 @@ def first_come(need: Array, available: Array, *, order: Array | None = None):
     ends = jnp.cumsum(need, axis=-1)
   else:
     ends = jnp.cumsum(need[..., order], axis=-1)
-    ends = jnp.zeros_like(need).at[..., order].set(ends)
+    ends = jnp.full_like(need, _NEVER).at[..., order].set(ends)
   if need.ndim == 1:
     return ends - need, (need == 0) | (ends <= available)
   fits = jnp.all(need == 0, axis=0) | jnp.all(ends <= available[:, None], axis=0)

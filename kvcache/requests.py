@@ -15,7 +15,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import sampling
+from kvcache import arguments, sampling
 from kvcache.errors import Status
 from kvcache.sampling import SamplingParams, SamplingSettings
 
@@ -232,31 +232,33 @@ def make_requests(
   wanted = _each("max_new_tokens", max_new_tokens, num)
   if min(wanted) < 1:
     raise ValueError(f"max_new_tokens must be at least 1, got {min(wanted)}")
-  params = (
-    [sampling_params] * num
-    if isinstance(sampling_params, SamplingParams)
-    else list(sampling_params)
-  )
+  is_for_all = not isinstance(sampling_params, Sequence)
+  params = [sampling_params] * num if is_for_all else list(sampling_params)
   if len(params) != num:
     raise ValueError(f"sampling_params has {len(params)} entries for {num} prompts")
+  for entry in params:
+    if not isinstance(entry, SamplingParams):
+      raise ValueError(f"sampling_params must be SamplingParams, got {entry!r}")
   priorities = _each("priority", 0 if priority is None else priority, num)
   if max(map(abs, priorities)) > MAX_PRIORITY:
     raise ValueError(f"priority must be within +-{MAX_PRIORITY}")
   namespaces = _each("namespace", 0 if namespace is None else namespace, num)
+  arguments.check_int32("namespace", namespaces)
   stops = _stop_lists(stop_tokens, num)
 
-  prompt_lens = np.array([len(prompt) for prompt in prompts], np.int32)
-  max_lens = np.minimum(prompt_lens + np.array(wanted, np.int64), 2**31 - 1)
+  texts = [_token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+  prompt_lens = np.array([text.size for text in texts], np.int32)
+  most = np.array([min(number, 2**31 - 1) for number in wanted], np.int64)
+  max_lens = np.minimum(prompt_lens + most, 2**31 - 1)
   longest = int(max_lens.max())
   width = max(1, longest if capacity is None else min(longest, capacity))
   tokens = np.zeros((num, width), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    kept = np.asarray(prompt[:width], np.int32)
-    row[: kept.size] = kept
+  for row, text in zip(tokens, texts, strict=True):
+    row[: text.size] = text[:width]
   stop_width = max(1, max(len(stop) for stop in stops))
   stop_array = np.full((num, stop_width), NO_TOKEN, np.int32)
   for row, stop in zip(stop_array, stops, strict=True):
-    row[: len(stop)] = stop
+    row[: len(stop)] = _token_ids("stop_tokens", stop)
 
   def full(value: int) -> Array:
     return jnp.full(num, value, jnp.int32)
@@ -363,10 +365,22 @@ def append(
 
 
 def _each(name: str, value: int | Sequence[int], num: int) -> list[int]:
-  values = [value] * num if isinstance(value, int | np.integer) else list(value)
+  values = [value] * num if np.ndim(value) == 0 else list(value)
   if len(values) != num:
     raise ValueError(f"{name} has {len(values)} entries for {num} prompts")
+  for entry in values:
+    if isinstance(entry, bool) or not isinstance(entry, int | np.integer):
+      raise ValueError(f"{name} must be integers, got {entry!r}")
   return [int(v) for v in values]
+
+
+def _token_ids(name: str, tokens: Sequence[int]) -> np.ndarray:
+  """The ids as int32; `ValueError` for texts, fractions, nested lists, and the like."""
+  ids = np.asarray(tokens)
+  if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+    raise ValueError(f"{name} must be a list of token ids, got {str(tokens)[:40]!r}")
+  arguments.check_int32(name, ids)
+  return ids.astype(np.int32)
 
 
 def _stop_lists(

@@ -77,8 +77,9 @@ class SchedulerConfig:
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
-    if self.watermark is not None and self.watermark < 0:
-      raise ValueError(f"watermark must not be negative, got {self.watermark}")
+    mark = self.watermark
+    if mark is not None and (not isinstance(mark, int) or mark < 0):
+      raise ValueError(f"watermark must be a non-negative int, got {mark!r}")
 
 
 class Plan(flax.struct.PyTreeNode, kw_only=True):

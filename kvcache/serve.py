@@ -62,6 +62,7 @@ def _run_model(
     tokens = next_tokens(requests, batch, metadata)
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
+    _check_logits(logits, metadata)
     logits = sharding.replicate(metadata.head_axes, logits)
   with jax.named_scope("commit"):
     ctx = stepping.commit(ctx, tokens, metadata)
@@ -111,6 +112,7 @@ def _run_drafts(
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
+    _check_logits(logits, metadata)
     logits = sharding.replicate(metadata.head_axes, logits)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
@@ -143,6 +145,16 @@ def _run_drafts(
     batch,
     draft_state,
   )
+
+
+def _check_logits(logits: Array, metadata: StepMetadata) -> None:
+  wanted = metadata.logits_indices.shape[0]
+  is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
+  if logits.ndim != 2 or logits.shape[0] != wanted or not is_floating:
+    raise ValueError(
+      f"the model must return floating logits [{wanted}, vocab], one for each of"
+      f" metadata.logits_indices, got {logits.dtype}{list(logits.shape)}"
+    )
 
 
 def take_samples(

@@ -81,6 +81,11 @@ def copy(store: StateStore, source: Array, target: Array) -> StateStore:
   return ragged.copy_rows(store, source, target, num_rows=store.num_states)
 
 
+def clear(store: StateStore, state_ids: Array) -> StateStore:
+  """Zeroes states in all layers: `state_ids [E]` int32; `M` drops the entry."""
+  return jax.tree.map(lambda pool: pool.at[:, state_ids].set(0, mode="drop"), store)
+
+
 def put(store: StateStore, state: Mapping[str, Array], state_ids: Array) -> StateStore:
   """Writes the states of all layers, name -> `[R, F, ...]`; `M` drops the entry."""
   arrays = {

@@ -16,6 +16,7 @@ from kvcache import (
   plans,
   prefix,
   ragged,
+  scrubbing,
   sequences,
   sharding,
   state_rows,
@@ -94,16 +95,18 @@ def extend(
   need = jnp.where(fits, need, 0)
 
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
+  num_entries = config.max_seqs + (num_tokens or 0) // config.block_size
   if num_tokens is None:
     wants = need > 0
-    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=ranks[0])
+    # With an order, which may name a row twice, they are counted anew.
+    known = list(ranks) if order is None else [None] * (1 + len(ctx.windows))
+    pool, block_ids = blocks.allocate_one_each(ctx.pool, wants, ranks=known[0])
     columns, block_rows = table.num_blocks, rows
     window_blocks = tuple(
       windows.extend_one_each(window, table, wants, own, ranks=before)
-      for window, own, before in zip(ctx.windows, recycles, ranks[1:], strict=True)
+      for window, own, before in zip(ctx.windows, recycles, known[1:], strict=True)
     )
   else:
-    num_entries = config.max_seqs + num_tokens // config.block_size
     pool, given = blocks.allocate(ctx.pool, need, num_entries=num_entries)
     block_rows, block_ids, wants = given.rows, given.block_ids, given.is_valid
     columns = table.num_blocks[block_rows] + given.offsets
@@ -113,7 +116,8 @@ def extend(
     )
   table = sequences.set_blocks(table, block_rows, columns, block_ids, wants)
   table = table.replace(num_blocks=table.num_blocks + need)
-  return ctx.replace(pool=pool, sequences=table, windows=window_blocks), status
+  after = ctx.replace(pool=pool, sequences=table, windows=window_blocks)
+  return scrubbing.clear_blocks(after, ctx, num_entries=num_entries), status
 
 
 def step_metadata(
@@ -380,7 +384,9 @@ def commit(
   rows = ctx.state_rows
   if rows is not None:
     rows = _advance_states(ctx, rows, num_new, metadata.num_logits)
-  return ctx.replace(sequences=table, prefix=index, state_rows=rows)
+  after = ctx.replace(sequences=table, prefix=index, state_rows=rows)
+  num_entries = ctx.config.max_seqs * metadata.num_logits
+  return scrubbing.clear_states(after, ctx, num_entries=num_entries)
 
 
 def tokens_to_snapshot(ctx: Context) -> Array:

@@ -162,7 +162,7 @@ def extend_one_each(
   wants: Array,
   recycles: Array,
   *,
-  ranks: Array,
+  ranks: Array | None,
 ) -> WindowBlocks:
   """Gives a block to each row in `wants`: its own oldest one where `recycles`.
 
@@ -172,7 +172,7 @@ def extend_one_each(
     wants: `[S]` bool.
     recycles: `[S]` bool, from `can_recycle`. There are enough free blocks for the
       others.
-    ranks: `[S]` int32. How many of the others come before each.
+    ranks: `[S]` int32. How many of the others come before each, if known.
   """
   P = window.block_tables.shape[1]
   recycles &= wants

@@ -27,7 +27,7 @@ FLOORS = (
   {"metadata"},
   {"publishing", "releasing"},
   {"context"},
-  {"sharding"},
+  {"sharding", "scrubbing"},
   {"plans"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "requests", "sampling"},
