@@ -202,7 +202,9 @@ def begin_timers(
     for by, make in candidates:
       try:
         arrays, call = make()
-        chain = attention_chain(batch, arrays, call, estimate, num=num)
+        turns = gpu_peers.turns(batch, by, num)
+        turns = turns or _turns(batch, arrays["block_tables"], num)
+        chain = attention_chain(arrays, call, turns, estimate)
         timer = Timer(chain, run.sizes.seconds)
         begun.append((by, pool.submit(timer.lower().compile)))
       except Exception as problem:
@@ -210,19 +212,24 @@ def begin_timers(
   return [(by, future.result) for by, future in begun]
 
 
+def _turns(batch: Batch, tables: Any, num: int) -> list[Arrays]:
+  """Each call of a round reads another copy of the batch."""
+  shifts = [i % batch.num_copies * batch.blocks_per_copy for i in range(num)]
+  return [{"block_tables": tables + shift} for shift in shifts]
+
+
 def attention_chain(
-  batch: Batch, arrays: Arrays, call: Any, estimate: float, *, num: int
+  arrays: Arrays, call: Any, turns: Sequence[Arrays], estimate: float
 ) -> Chain:
-  """Calls whose result is the next one's query; each reads another part of the pool.
+  """Calls whose result is the query of the next one.
 
   `call` gives the output, or a tuple that begins with it.
   """
-  arrays = dict(arrays)
-  tables, q = arrays.pop("block_tables"), arrays.pop("q")
-  shifts = [i % batch.num_copies * batch.blocks_per_copy for i in range(num)]
+  replaced = {"q", *turns[0]}
+  constants = {name: x for name, x in arrays.items() if name not in replaced}
 
-  def step(q: Any, arrays: Arrays, tables: Any) -> Any:
-    out = call({**arrays, "q": q, "block_tables": tables})
+  def step(q: Any, constants: Arrays, turn: Arrays) -> Any:
+    out = call({**constants, **turn, "q": q})
     out = out[0] if isinstance(out, tuple) else out
     width = out.shape[-1]
     if width == q.shape[-1]:
@@ -230,11 +237,7 @@ def attention_chain(
     return lax.concatenate([out, q[..., width:]], q.ndim - 1)  # of latent layers
 
   return Chain(
-    step=step,
-    state=q,
-    constants=arrays,
-    turns=[tables + shift for shift in shifts],
-    estimate=estimate,
+    step=step, state=arrays["q"], constants=constants, turns=turns, estimate=estimate
   )
 
 

@@ -227,7 +227,7 @@ class Loop:
     done = int(state[1].num_steps) - before
     if done != num_steps(num):
       raise RuntimeError(f"the loop made {done} steps instead of {num_steps(num)}")
-    return statistics.median((b - a) / num for a, b in pairs)
+    return max(statistics.median(b - a for a, b in pairs), 1e-9) / num
 
 
 def num_steps(num: int) -> int:
@@ -253,14 +253,16 @@ def make_scenes(run: Run, model: LlamaConfig) -> list[Scene]:
 def time_serve(run: Run) -> Iterator[Row]:
   """Times decode steps of `serve`, layers scanned and then each on its own."""
   outside: dict[Scene, float] = {}
-  for scan_layers in (True, False):
+  for scan_layers in run.sizes.scans:
     model = llama(run, scan_layers=scan_layers)
+    # Separate layers take long to compile: once is enough.
     names = run.implementations if scan_layers else run.implementations[:1]
     candidates = [(scene, by) for scene in make_scenes(run, model) for by in names]
     loops = _begin_loops(candidates, abstract(model), run)
-    for scene in make_scenes(run, model) if scan_layers else ():
-      row, outside[scene] = _time_outside(scene, run)
-      yield row
+    for scene in make_scenes(run, model):
+      if scene not in outside:
+        row, outside[scene] = _time_outside(scene, run)
+        yield row
     try:
       function = with_weights(abstract(model))
     except Exception as problem:  # of memory

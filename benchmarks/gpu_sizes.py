@@ -19,6 +19,7 @@ class Sizes:
     prefill: Tokens of prompts that are timed.
     serve: `(rows, tokens of each)` of decode steps of a whole model.
     model: `(hidden size, layers, rows of the vocabulary)` of that model.
+    scans: Whether its layers are scanned; each is timed.
     rows: Rows of a decode step without a model.
     copy_elements: Of the array that is copied.
     matmul: Rows of the matrices that are multiplied.
@@ -35,6 +36,7 @@ class Sizes:
   prefill: tuple[int, ...]
   serve: tuple[tuple[int, int], ...]
   model: tuple[int, int, int]
+  scans: tuple[bool, ...]
   rows: int
   copy_elements: int
   matmul: int
@@ -93,6 +95,7 @@ FULL = Sizes(
   prefill=(4096, 16_384),
   serve=((64, 2048), (256, 512)),
   model=(4096, 32, 128_256),
+  scans=(True, False),
   rows=256,
   copy_elements=1 << 29,
   matmul=8192,
@@ -108,9 +111,10 @@ TINY = Sizes(
   layout=((_QWEN, (70, 5)),),
   torch=((_QWEN, (70, 5)),),
   prefill=(32,),
-  serve=((2, 6),),
+  serve=((2, 1),),
   model=(32, 2, 64),
-  rows=4,
+  scans=(True,),
+  rows=2,
   copy_elements=1 << 10,
   matmul=16,
   seconds=0.0,
