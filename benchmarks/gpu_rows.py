@@ -54,7 +54,9 @@ class Run:
   @property
   def implementations(self) -> tuple[str, ...]:
     """What is compared and timed; Mosaic has an interpreter of its own, and tests."""
-    return tuple(by for by in IMPLEMENTATIONS if not (self.interpret and by == "mosaic"))
+    return tuple(
+      by for by in IMPLEMENTATIONS if not (self.interpret and by == "mosaic")
+    )
 
   def share_of(self, what: str, rate: float) -> float | None:
     """Share of a rate of the device (`copy` or `matmul`), if that was measured."""

@@ -1,4 +1,4 @@
-"""How large a run on a GPU is: in full, and as little as a machine without one bears."""
+"""How large a run on a GPU is: in full, or so small that any machine bears it."""
 
 import dataclasses
 

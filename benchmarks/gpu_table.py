@@ -39,9 +39,9 @@ def markdown(rows: Sequence[Row], facts: dict[str, str | bool]) -> str:
   lines = [f"# Kernels on {facts['device']}", ""]
   lines += [f"jax {facts['jax']}, {facts['date']}.", ""]
   lines += [
-    "Times are medians on the device, dispatch left out. The limit is the copy bandwidth"
-    " or the matmul rate measured in the same run. `x peer` is the peer's time in ours:"
-    " above 1 this project is faster.",
+    "Times are medians on the device, dispatch left out. The limit is the copy"
+    " bandwidth or the matmul rate measured in the same run. `x peer` is the peer's"
+    " time in ours: above 1 this project is faster.",
     "",
   ]
   lines += _table([_TARGETS, ["---"] * len(_TARGETS)])
@@ -62,8 +62,7 @@ def save(rows: Sequence[Row], folder: Path, *, is_dry: bool) -> list[Path]:
   paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
   paths[0].write_text(markdown(rows, facts), "utf-8")
   records = [
-    dataclasses.asdict(row)
-    | {"ratios": ratios(row, rows), "missed": missed(row, rows)}
+    dataclasses.asdict(row) | {"ratios": ratios(row, rows), "missed": missed(row, rows)}
     for row in rows
   ]
   targets = [

@@ -133,7 +133,10 @@ TARGETS = (
   Target(text="prefill: 540 TFLOP/s", value=_prefill, bound=540.0),
   Target(text="SSM step: 85 % of copy bandwidth", value=_share("ssm"), bound=0.85),
   Target(
-    text="bookkeeping of a step: 100 us", value=_bookkeeping, bound=100.0, is_least=False
+    text="bookkeeping of a step: 100 us",
+    value=_bookkeeping,
+    bound=100.0,
+    is_least=False,
   ),
 )
 
