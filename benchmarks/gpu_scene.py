@@ -73,12 +73,14 @@ class Scene:
     per_token = config.num_bytes / (config.num_blocks * self.block_size)
     return round(self.num_rows * self.context * per_token)
 
-  def program(self, token_budget: int) -> Callable[..., Any]:
-    """`run((ctx, requests), max_steps, model)`; all requests are admitted at once."""
-    scheduler = SchedulerConfig(
-      token_budget=token_budget, max_admissions=self.num_rows, defer_shared=False
-    )
-    return bookkeeping.serve_program(scheduler)
+  def program(self) -> Callable[..., Any]:
+    """A fresh `run((ctx, requests), max_steps, model)`, jitted."""
+    return _program(self.num_rows, self.num_rows)
+
+  def without_layers(self) -> "Scene":
+    """The same rows, of which next to nothing is kept."""
+    layers = (AttentionLayer(num_kv_heads=1, head_dim=1),)
+    return dataclasses.replace(self, layers=layers, dtype="float32")
 
   def requests(self) -> Requests:
     """No two prompts begin alike, so none shares blocks."""
@@ -138,28 +140,36 @@ def no_model(tokens: Array, metadata: Any, ctx: Context, *, logits: Array) -> An
 
 def fill(scene: Scene) -> tuple[Context, Requests]:
   """All rows live and decoding, over keys and values that are noise."""
+  bare = scene.without_layers()
   num_tokens = scene.num_rows * scene.context
   budget = max(scene.num_rows, min(_FILL_TOKENS, num_tokens))
   model = Partial(no_model, logits=jnp.zeros((scene.num_rows + 8, 8), jnp.float32))
-  state = (jax.jit(kvcache.init, static_argnums=0)(scene.config), scene.requests())
+  state = (jax.jit(kvcache.init, static_argnums=0)(bare.config), bare.requests())
   max_steps = jnp.int32(-(-num_tokens // budget) + 1)
-  ctx, requests = scene.program(budget)(state, max_steps, model)
+  ctx, requests = _filler(scene.num_rows, budget)(state, max_steps, model)
   if int(ctx.sequences.seq_lens.min()) < scene.context:
     raise RuntimeError(f"not all rows decode: {ctx.sequences.seq_lens}")
-  return ctx.replace(kv=tuple(map(_with_noise, ctx.kv))), requests
+  # The bookkeeping is that of any layers.
+  wanted, _ = shapes(scene, model)[0]
+  kv = jax.tree.map(lambda x: noise(x.shape, x.dtype, 7), wanted.kv)
+  return ctx.replace(kv=kv, config=wanted.config), requests
 
 
-def _with_noise(store: Any) -> Any:
-  """The old pools go first: there is no room for both."""
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (store.k, store.v))
-  for pool in (store.k, store.v):
-    pool.delete()
-  (k, v) = shapes
-  return store.replace(k=noise(*k, 7), v=noise(*v, 8))
+@functools.cache
+def _filler(num_rows: int, token_budget: int) -> Callable[..., Any]:
+  """Kept, so that it is compiled once for each shape."""
+  return _program(num_rows, token_budget)
+
+
+def _program(num_rows: int, token_budget: int) -> Callable[..., Any]:
+  scheduler = SchedulerConfig(
+    token_budget=token_budget, max_admissions=num_rows, defer_shared=False
+  )
+  return bookkeeping.serve_program(scheduler)
 
 
 def shapes(scene: Scene, model: Partial) -> tuple[Any, ...]:
-  """Shapes of the arguments of `scene.program(...)`."""
+  """Shapes of the arguments of `scene.program()`."""
   ctx = jax.eval_shape(functools.partial(kvcache.init, scene.config))
   state = (ctx, jax.eval_shape(scene.requests))
   return jax.eval_shape(lambda *x: x, state, jnp.int32(0), model)

@@ -7,7 +7,6 @@ but hand out logits: the loop, bookkeeping, and sampling from a whole vocabulary
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
-import dataclasses
 import functools
 import statistics
 import time
@@ -31,7 +30,7 @@ from benchmarks.gpu_scene import (
   with_weights,
 )
 from kvcache import attention as attention_module
-from kvcache import AttentionLayer, Context, Requests
+from kvcache import Context, Requests
 from kvcache.models.llama import LlamaConfig
 from kvcache.nn import attention as layer_module
 
@@ -62,7 +61,7 @@ class Loop:
   def __init__(self, scene: Scene, model: Partial, by: str | None):
     """Lowers, for shapes or arrays of a model."""
     with implementation(by):
-      self._lowered = scene.program(scene.num_rows).lower(*shapes(scene, model))
+      self._lowered = scene.program().lower(*shapes(scene, model))
 
   def compile(self) -> "Loop":
     """Compiles; returns itself."""
@@ -116,62 +115,67 @@ def make_scenes(run: Run, model: LlamaConfig) -> list[Scene]:
 
 def time_serve(run: Run) -> Iterator[Row]:
   """Times decode steps of `serve`, layers scanned and then each on its own."""
-  outside: dict[Scene, float] = {}
+  outside: dict[str, float] = {}
   for scan_layers in run.sizes.scans:
     model = llama(run, scan_layers=scan_layers)
+    scenes = make_scenes(run, model)
     # Separate layers take long to compile: once is enough.
     names = run.implementations if scan_layers else run.implementations[:1]
-    candidates = [(scene, by) for scene in make_scenes(run, model) for by in names]
-    loops = _begin_loops(candidates, abstract(model), run)
-    for scene in make_scenes(run, model):
-      if scene not in outside:
-        row, outside[scene] = _time_outside(scene, run)
-        yield row
+    bare = [scene for scene in scenes if scene.name not in outside]
+    wanted = [(scene.without_layers(), None, _no_model(scene, None)) for scene in bare]
+    wanted += [(scene, by, abstract(model)) for scene in scenes for by in names]
+    loops = _begin_loops(wanted, run)
+    for scene in bare:
+      row = _time_outside(scene, loops.pop(0), run)
+      outside[scene.name] = (row.microseconds or float("nan")) / 1e6
+      yield row
     try:
       function = with_weights(abstract(model))
     except Exception as problem:  # of memory
       yield failed("serve", "weights", "", problem)
       continue
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(function))
-    for scene, by, loop in loops:
+    pairs = [(scene, by) for scene in scenes for by in names]
+    for (scene, by), loop in zip(pairs, loops, strict=True):
       name = f"{by}, {'scanned' if scan_layers else 'separate'} layers"
+      read = num_bytes + scene.kv_bytes
       try:
         seconds = loop().step_seconds(fill(scene), function, run.sizes.steps)
-        rate = (num_bytes + scene.kv_bytes) / seconds / 1e9
-        rest = outside[scene]
-        yield Row(
-          section="serve",
-          what=f"{scene.name}: step",
-          by=name,
-          microseconds=seconds * 1e6,
-          rate=rate,
-          share=run.share_of("copy", rate),
-          num_bytes=num_bytes + scene.kv_bytes,
-        )
-        yield Row(
-          section="serve",
-          what=f"{scene.name}: outside the model",
-          by=name,
-          microseconds=rest * 1e6,
-          share=rest / seconds,
-        )
       except Exception as problem:
         yield failed("serve", f"{scene.name}: step", name, problem)
+        continue
+      yield Row(
+        section="serve",
+        what=f"{scene.name}: step",
+        by=name,
+        microseconds=seconds * 1e6,
+        rate=read / seconds / 1e9,
+        share=run.share_of("copy", read / seconds / 1e9),
+        num_bytes=read,
+      )
+      rest = outside[scene.name]
+      yield Row(
+        section="serve",
+        what=f"{scene.name}: outside the model",
+        by=name,
+        microseconds=rest * 1e6,
+        share=rest / seconds,
+      )
     del function
 
 
 def _begin_loops(
-  candidates: list[tuple[Scene, str]], model: Partial, run: Run
-) -> list[tuple[Scene, str, Callable[[], Loop]]]:
+  wanted: list[tuple[Scene, str | None, Partial]], run: Run
+) -> list[Callable[[], Loop]]:
   """The loops, compiled side by side; one may raise when asked for."""
   with ThreadPoolExecutor() as pool:
     begun = []
-    for scene, by in candidates:
+    for scene, by, model in wanted:
       try:
         loop = Loop(scene, model, None if run.interpret else by)
-        begun.append((scene, by, pool.submit(loop.compile).result))
+        begun.append(pool.submit(loop.compile).result)
       except Exception as problem:
-        begun.append((scene, by, functools.partial(_raise, problem)))
+        begun.append(functools.partial(_raise, problem))
   return begun
 
 
@@ -179,17 +183,20 @@ def _raise(problem: Exception) -> Any:
   raise problem
 
 
-def _time_outside(scene: Scene, run: Run) -> tuple[Row, float]:
+def _no_model(scene: Scene, logits: Array | None) -> Partial:
+  """A model that does nothing, for logits or their shape."""
+  shape = (scene.num_rows + 8, scene.vocab_size)
+  logits = jax.ShapeDtypeStruct(shape, jnp.float32) if logits is None else logits
+  return Partial(no_model, logits=logits)
+
+
+def _time_outside(scene: Scene, loop: Callable[[], Loop], run: Run) -> Row:
   """Times a step over a model that does nothing, and keeps next to nothing."""
-  layers = (AttentionLayer(num_kv_heads=1, head_dim=1),)
-  small = dataclasses.replace(scene, layers=layers, dtype="float32")
   what = f"{scene.name}: step"
   try:
     logits = noise((scene.num_rows + 8, scene.vocab_size), jnp.float32, 3)
-    model = Partial(no_model, logits=logits)
-    loop = Loop(small, model, None).compile()
-    seconds = loop.step_seconds(fill(small), model, run.sizes.steps)
+    state, model = fill(scene.without_layers()), _no_model(scene, logits)
+    seconds = loop().step_seconds(state, model, run.sizes.steps)
+    return Row(section="serve", what=what, by="no model", microseconds=seconds * 1e6)
   except Exception as problem:
-    return failed("serve", what, "no model", problem), float("nan")
-  row = Row(section="serve", what=what, by="no model", microseconds=seconds * 1e6)
-  return row, seconds
+    return failed("serve", what, "no model", problem)

@@ -103,9 +103,7 @@ def test_the_loop_of_a_model_of_8b_fits_and_copies_no_pool(compiler):
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(function))
   assert 15e9 < weights < 17e9
   state, max_steps, function = gpu_scene.shapes(scene, function)
-  program = compiler(
-    scene.program(scene.num_rows), state, max_steps, function, donate=0
-  )
+  program = compiler(scene.program(), state, max_steps, function, donate=0)
   module = hlo.read(program.text)
   (store,) = state[0].kv
   assert not [str(i) for i in module.rewrites(store.k.size)]
