@@ -73,13 +73,15 @@ def _compare(what: str, spec: ArgSpec, want: Any, runs: list[Any]) -> Iterator[R
     is_ours = by in IMPLEMENTATIONS
     try:
       result = call()
-      out, lse = result if is_ours else (result, None)
-      error = jnp.max(jnp.abs(out.astype(jnp.float32) - want))
-      if lse is not None:
-        seen = want_lse > -jnp.inf
-        gap = jnp.where(seen, lse, 0.0) - jnp.where(seen, want_lse, 0.0)
-        error = jnp.maximum(error, jnp.max(jnp.abs(gap)))
-      # NaN is never below the limit. Peers need not know rows without tokens.
+      out, lse = result if is_ours else (result, want_lse)
+      seen = want_lse > -jnp.inf
+      gap = out.astype(jnp.float32) - want
+      if not is_ours:  # peers need not know rows without tokens
+        gap = jnp.where(seen[..., None], gap, 0.0)
+      error = jnp.max(jnp.abs(gap))
+      gap = jnp.where(seen, lse, 0.0) - jnp.where(seen, want_lse, 0.0)
+      error = jnp.maximum(error, jnp.max(jnp.abs(gap)))
+      # NaN is never below the limit.
       limit = TOLERANCE[jnp.dtype(spec.dtype).name]
       is_bad = is_ours and not float(error) < limit
       yield Row(section="check", what=what, by=by, error=float(error), is_bad=is_bad)

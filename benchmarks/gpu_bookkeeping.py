@@ -52,4 +52,6 @@ def time_steps(run: Run) -> Iterator[Row]:
       took = seconds(config, 1 if run.interpret else 8, run)
       yield Row(section="bookkeeping", what=what, by=by, microseconds=took * 1e6)
     except Exception as problem:
-      yield failed("bookkeeping", what, by, problem)
+      # Whether loops can be recorded is up to XLA.
+      is_bad = seconds is not _recorded
+      yield failed("bookkeeping", what, by, problem, is_bad=is_bad)
