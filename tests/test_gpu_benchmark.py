@@ -139,6 +139,14 @@ def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, 
   assert all(("not served: never" in row.error) != is_bad for row in rows)
 
 
+def test_what_is_compared_with_is_exact():
+  batch = make_batch(named("qwen-2.5-0.5b"), [(70, 1)], is_decode=True)
+  run = gpu_attention.exactly(batch)
+  text = jax.jit(run).lower(batch.in_float32().arrays).as_text()
+  products = [line for line in text.splitlines() if "dot_general" in line]
+  assert products and all("HIGHEST, HIGHEST" in line for line in products)
+
+
 def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
   now = iter(range(100))
   monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
