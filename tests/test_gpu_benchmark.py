@@ -23,7 +23,7 @@ def row(section, by, us=None, *, what="llama, 64 rows, 9 tokens", **more):
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
 def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
-  gpu.main(["--dry-run", "--out", str(tmp_path)])
+  gpu.main(["--dry-run", "--minutes", "60", "--out", str(tmp_path)])
   (data,), (table,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
   data, table = json.loads(data.read_text("utf-8")), table.read_text("utf-8")
   rows = data["rows"]
