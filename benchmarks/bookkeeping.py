@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import functools
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -129,7 +130,7 @@ def thin_model(tokens: Array, metadata, ctx: Context) -> tuple[Array, Context]:
   return ((last[:, None] + vocab[None]) % 7).astype(jnp.float32), ctx
 
 
-def serve_program(scheduler: SchedulerConfig) -> Callable:
+def serve_program(scheduler: SchedulerConfig, **options: Any) -> Callable:
   """`run((ctx, requests), max_steps, model)`, jitted; the model is a pytree."""
 
   def run(state, max_steps: Array, model: Callable):
@@ -143,11 +144,14 @@ def serve_program(scheduler: SchedulerConfig) -> Callable:
       max_steps=max_steps,
     )
 
-  return jax.jit(run, donate_argnums=0)
+  return jax.jit(run, donate_argnums=0, **options)
 
 
-def serve_seconds(config: CacheConfig, *, repeats: int) -> float:
-  """Time of a whole decode step of the loop, over a model that does nothing."""
+def serve_seconds(config: CacheConfig, *, repeats: int, **options: Any) -> float:
+  """Time of a whole decode step of the loop, over a model that does nothing.
+
+  Options are those of `jax.jit`.
+  """
   S = config.max_seqs
   per_row = min(config.max_blocks_per_seq, (config.num_blocks - 1) // S)
   num_tokens = min(200, per_row * scenes.BLOCK_SIZE - 2)
@@ -158,7 +162,7 @@ def serve_seconds(config: CacheConfig, *, repeats: int) -> float:
     token_budget=max(S, MIXED_TOKENS), max_admissions=S, defer_shared=False
   )
   model = jax.tree_util.Partial(thin_model)
-  run = functools.partial(serve_program(scheduler), model=model)
+  run = functools.partial(serve_program(scheduler, **options), model=model)
   state = run((scenes.empty(config), requests), jnp.int32(2))
   # The rest of the steps happen in one go: nobody waits, ends or lacks a block.
   num = num_tokens - 6

@@ -44,7 +44,11 @@ def jax_triton(batch: Batch) -> tuple[Arrays, Run]:
 
 
 def cudnn(batch: Batch) -> tuple[Arrays, Run]:
-  """cuDNN's paged attention, through an entry of jax that is private."""
+  """cuDNN's paged attention, through an entry of jax that is private.
+
+  It wants a pool of exactly `S * P` blocks, so each copy of the batch gets a pool of
+  its own, and the arrays are those of the first one; see `own_pools`.
+  """
   from jax._src.cudnn import fused_attention_stablehlo as module
 
   scale = batch.spec.sm_scale or batch.spec.head_dim**-0.5
@@ -64,9 +68,32 @@ def cudnn(batch: Batch) -> tuple[Arrays, Run]:
       mask_type=module.MaskType.PADDING,
       qkv_layout="BNTH",
     )
+    assert isinstance(out, jax.Array)  # without a residual
     return out[:, :, 0]
 
-  return batch.arrays, run
+  return batch.arrays | own_pools(batch, 0), run
+
+
+def own_pools(batch: Batch, copy: int) -> Arrays:
+  """Tables and pools of one copy of a batch, in pools of `S * P` blocks."""
+  arrays, (rows, columns) = batch.arrays, batch.arrays["block_tables"].shape
+  size = rows * columns
+  start = copy * batch.blocks_per_copy + 1  # its block 0 is nobody's
+
+  def cut(pool: jax.Array) -> jax.Array:
+    own = pool[start : start + min(size, batch.blocks_per_copy - 1)]
+    return jnp.pad(own, ((0, size - own.shape[0]), *((0, 0),) * (own.ndim - 1)))
+
+  tables = jnp.maximum(arrays["block_tables"] - 1, 0)
+  return {"k": cut(arrays["k"]), "v": cut(arrays["v"]), "block_tables": tables}
+
+
+def turns(batch: Batch, name: str, num: int) -> list[Arrays] | None:
+  """What differs from call to call, if it is not the tables alone."""
+  if name != "cuDNN":
+    return None
+  pools = [own_pools(batch, copy) for copy in range(batch.num_copies)]
+  return [pools[i % batch.num_copies] for i in range(num)]
 
 
 PEERS = {"jax paged_attention": jax_triton, "cuDNN": cudnn}

@@ -1,41 +1,124 @@
-"""The benchmark of the kernels, as far as it runs without a GPU: tiny, interpreted."""
+"""The benchmark on a GPU, as far as it runs without one: tiny, interpreted."""
 
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_peers
+from benchmarks import gpu, gpu_attention, gpu_layout, gpu_sizes, gpu_table
 from benchmarks.gpu_batch import make_batch
+from benchmarks.gpu_loop import call_seconds, Chain, num_turns
+from benchmarks.gpu_rows import Row, Run, Section
+from benchmarks.gpu_targets import missed, ratios, verdicts
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
-from tests import deviceless
+
+DRY = Run(sizes=gpu_sizes.TINY, interpret=True)
 
 
-def test_a_dry_run_checks_times_and_writes_a_table(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(gpu, "loop_seconds", lambda body, state, seconds: 1e-3)
-  gpu.main(["--dry-run", "--out", str(tmp_path)])
+def row(section, by, us=None, *, what="llama, 64 rows, 9 tokens", **more):
+  return Row(section=section, what=what, by=by, microseconds=us, **more)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
+def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
+  gpu.main(["--dry-run", "--minutes", "60", "--out", str(tmp_path)])
   (data,), (table,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
-  rows = json.loads(data.read_text("utf-8"))["rows"]
-  assert [row["section"] for row in rows] == [
-    *("check", "check", "device", "device", "decode", "prefill")
-  ]
+  data, table = json.loads(data.read_text("utf-8")), table.read_text("utf-8")
+  rows = data["rows"]
   assert not any(row["is_bad"] for row in rows)
-  assert all(row["error"] < 0.04 for row in rows[:2])
-  assert table.read_text("utf-8").count("\n| ") == len(rows) + 2
+  assert [(row["section"], row["by"]) for row in rows] == [
+    *[("device", "xla")] * 2,
+    *[("check", "triton")] * 2,
+    ("decode", "triton"),
+    ("bookkeeping", "serve, no model"),
+    ("bookkeeping", "serve, no model, loops recorded"),
+    ("bookkeeping", "extend, metadata, commit"),
+    ("prefill", "triton"),
+    *[("layout", by) for by in ("triton", gpu_layout.NHD)],
+    ("serve", "no model"),
+    *[("serve", "triton, scanned layers")] * 2,
+    ("decode", "PyTorch"),
+  ]
+  unmeasured = [row for row in rows if row["microseconds"] is None]
+  assert all(row["error"] < 0.04 for row in unmeasured[:2])
+  assert "recorded on a GPU alone" in unmeasured[2]["error"]
+  assert table.count("\n| ") == len(rows) + 2 + len(data["targets"]) + 2
   assert "wrote" in capsys.readouterr().out
 
 
-def test_loops_are_timed():
-  seconds = gpu.loop_seconds(lambda _, x: x * 2, jax.numpy.ones(8), 0.0)
-  assert 0 < seconds < 1
+def test_chains_do_all_calls_in_turn():
+  chain = Chain(
+    step=lambda x, factor, turn: x * factor + turn,
+    state=jnp.int32(1),
+    constants=jnp.int32(3),
+    turns=[jnp.int32(turn) for turn in (5, 7)],
+    estimate=1.0,
+  )
+  got = jax.jit(chain.program(2))(chain.state, chain.constants, tuple(chain.turns))
+  assert got == ((((1 * 3 + 5) * 3 + 7) * 3 + 5) * 3 + 7)
+  assert 0 < call_seconds(chain, 0.0) < 1
+  assert not chain.state.is_deleted()
+
+
+def test_rounds_go_over_more_memory_than_a_cache_holds():
+  assert num_turns(4 << 20) == num_turns(1 << 10) == 64
+  assert num_turns(100 << 20) == 3
+  assert num_turns(1 << 30) == 1
+
+
+def test_long_chains_are_not_repeated():
+  chain = Chain(
+    step=lambda x, _, __: x, state=jnp.ones(2), constants=(), turns=[()], estimate=1e-4
+  )
+  assert [chain.num_rounds(s) for s in (0.0, 0.01, 1e9)] == [2, 100, 20_000]
+
+
+@pytest.mark.parametrize("name", ["qwen-2.5-0.5b", "deepseek-v3 tp8"])
+def test_each_call_reads_a_copy_of_its_own_and_the_result_of_the_last(name):
+  batch = make_batch(named(name), [(70, 1), (3, 1)], is_decode=True, num_copies=2)
+  seen = []
+
+  def call(arrays):
+    seen.append((np.asarray(arrays["block_tables"]), np.asarray(arrays["q"])))
+    return arrays["q"][..., : batch.spec.v_head_dim] + 1, None
+
+  turns = gpu_attention._turns(batch, batch.arrays["block_tables"], 3)
+  chain = gpu_attention.attention_chain(batch.arrays, call, turns, 1.0)
+  state = chain.state
+  for turn in chain.turns:
+    state = chain.step(state, chain.constants, turn)
+  shifts = [tables[0, 0] - seen[0][0][0, 0] for tables, _ in seen]
+  assert shifts == [0, batch.blocks_per_copy, 0]
+  width = batch.spec.v_head_dim or batch.spec.head_dim
+  (_, q0), _, (_, q2) = seen
+  assert np.array_equal(q2[..., :width], (q0 + 1 + 1)[..., :width])
+  assert np.array_equal(q2[..., width:], q0[..., width:])
+
+
+def test_both_layouts_give_the_same_result():
+  batch = make_batch(named("qwen-2.5-0.5b"), [(70, 1), (5, 1)], is_decode=True)
+  results = []
+  for _, make in gpu_layout.candidates(batch, interpret=True):
+    arrays, run = make()
+    results.append(np.asarray(jax.jit(run)(arrays)[0], np.float32))
+  ours, other = results
+  assert np.array_equal(ours, other) and ours.any()
+  assert not np.array_equal(arrays["k"], batch.arrays["k"])
 
 
 def test_a_wrong_result_ends_the_run_with_an_error(tmp_path, monkeypatch):
-  bad = gpu.Row(section="check", what="llama", by="triton", error=float("nan"))
-  rows = [bad, gpu.Row(section="check", what="x", by="y", error=1.0, is_bad=True)]
-  monkeypatch.setattr(gpu, "measure", lambda sizes, interpret: iter(rows))
-  with pytest.raises(SystemExit, match="1 of 2 rows are wrong or failed: x"):
+  rows = [row("check", "triton", error=1.0), row("check", "y", what="x", is_bad=True)]
+  monkeypatch.setattr(gpu, "measure", lambda run, names, seconds: iter(rows))
+  with pytest.raises(SystemExit, match="1 of 2 rows are wrong or failed: check x"):
     gpu.main(["--dry-run", "--out", str(tmp_path)])
+
+
+def test_numbers_that_differ_from_xla_are_bad(monkeypatch):
+  monkeypatch.setitem(gpu_attention.TOLERANCE, "bfloat16", 0.0)
+  rows = list(gpu_attention.check(DRY, DRY.sizes.first))
+  assert [row.is_bad for row in rows] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -48,30 +131,97 @@ def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, 
   def run_attention(batch, by, interpret=False):
     return exact(batch, by) if by == "xla" else fail
 
-  exact = gpu.run_attention
-  monkeypatch.setattr(gpu, "run_attention", run_attention)
-  rows = list(gpu.check(gpu.TINY, interpret=True))
-  assert [row.is_bad for row in rows] == [is_bad] * 2
+  exact = gpu_attention.run_attention
+  monkeypatch.setattr(gpu_attention, "run_attention", run_attention)
+  rows = list(gpu_attention.check(DRY, DRY.sizes.first))
+  rows += gpu_attention.time_decode(DRY)
+  assert [row.is_bad for row in rows] == [is_bad] * 3
   assert all(("not served: never" in row.error) != is_bad for row in rows)
 
 
-def test_peers_serve_plain_decode_steps_alone():
-  def names(name, **settings):
-    batch = make_batch(named(name), [(5, 1)], **settings)
-    return [peer for peer, _ in gpu_peers.serving(batch)]
-
-  assert names("llama-3-8b", is_decode=True) == ["jax paged_attention", "cuDNN"]
-  assert names("llama-3-8b", is_decode=False) == []
-  for name in ("llama-3-8b fp8", "gpt-oss-120b full", "deepseek-v3 tp8"):
-    assert names(name, is_decode=True) == []
+def test_what_is_compared_with_is_exact():
+  batch = make_batch(named("qwen-2.5-0.5b"), [(70, 1)], is_decode=True)
+  run = gpu_attention.exactly(batch)
+  text = jax.jit(run).lower(batch.in_float32().arrays).as_text()
+  products = [line for line in text.splitlines() if "dot_general" in line]
+  assert products and all("HIGHEST, HIGHEST" in line for line in products)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
-def test_peers_are_lowered_or_say_why_not():
-  batch = make_batch(named("llama-3-8b"), [(200, 1), (64, 1)], is_decode=True)
-  make = dict(gpu_peers.serving(batch))["jax paged_attention"]
-  arrays, run = make()
-  assert "triton" in deviceless.lower(run, arrays).as_text()
+def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
+  now = iter(range(100))
+  monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
+
+  def slow(run):
+    for _ in range(9):
+      yield row("slow", "x")
+
+  def broken(run):
+    raise KeyError("no such thing")
+    yield
+
+  def sections(*pairs):
+    return tuple(Section(name=n, measure=m, seconds=s) for n, m, s in pairs)
+
+  pairs = (("broken", broken, 1), ("other", slow, 1), ("slow", slow, 1))
+  monkeypatch.setattr(gpu, "SECTIONS", sections(*pairs, ("late", slow, 5)))
+  rows = list(gpu.measure(DRY, {"broken", "slow", "late"}, 6.0))
+  assert [(r.section, r.what.split()[0], r.error or "") for r in rows] == [
+    ("broken", "all", "KeyError: 'no such thing'"),
+    *[("slow", "llama,", "")] * 5,
+    ("slow", "what", "left out: 0 s are left"),
+    ("late", "all", "left out: 0 s are left"),
+  ]
+  assert rows[0].is_bad and not rows[-1].is_bad
+
+
+def test_rows_are_compared_with_peers_of_the_same_shape():
+  ours = row("decode", "triton", 10.0)
+  rows = [
+    *(ours, row("decode", "cuDNN", 12.0), row("decode", "FlashInfer", 15.0)),
+    *(row("decode", "FlashInfer, NHD pool", 9.0), row("check", "flex attention", 1.0)),
+    *(row("decode", "jax paged_attention", error="no"), row("decode", "mosaic", 8.0)),
+  ]
+  assert ratios(ours, rows) == {"cuDNN": 1.2, "FlashInfer": 0.9}
+  assert ratios(rows[1], rows) == {}
+  assert missed(ours, rows) == ["decode: 1.0 of FlashInfer"]
+  found = {verdict.text: verdict for verdict in verdicts(rows)}
+  # The faster of ours counts.
+  verdict = found["decode: 1.0 of FlashInfer"]
+  assert (verdict.word, verdict.worst) == ("met", 9 / 8)
+  assert found["decode: 1.3 of jax"].word == "not measured"
+  cells = gpu_table.cells(ours, rows)
+  assert cells[6:11] == ["", "1.20", "0.90", "", ""]
+
+
+def test_targets_are_met_or_missed():
+  big, small = 64 << 20, 1 << 20
+  what = "llama, 64 rows, {}"
+  rows = [
+    row("decode", "triton", 9.0, what="a", share=0.95, num_bytes=big),
+    row("decode", "triton", 9.0, what="b", share=0.5, num_bytes=big),
+    row("decode", "triton", 13.0, what="c", share=0.1, num_bytes=small),
+    row("decode", "triton", 9.0, what=what.format("9"), rate=10, num_bytes=big),
+    row("decode", "triton", 9.0, what=what.format("8, ragged"), rate=9, num_bytes=big),
+    row("decode", "triton", 9.0, what="x, 64 rows, 8, ragged", rate=1, num_bytes=big),
+    row("prefill", "mosaic", 9.0, rate=600.0),
+    row("ssd step", "triton", 50.0, what="a", rate=2700.0, share=0.9),
+    row("ssd step", "triton", 5.0, what="b", rate=270.0, share=0.09),
+    row("bookkeeping", "serve, no model", 120.0),
+    row("bookkeeping", "serve, no model, loops recorded", 90.0),
+    row("check", "triton", what="a", error=0.01),
+    row("check", "mosaic", what="a", error=float("nan"), is_bad=True),
+    row("check", "mosaic", what="b", error="not served: no"),
+    row("check", "cuDNN", what="c", error="no"),
+  ]
+  found = {verdict.text: verdict for verdict in verdicts(rows)}
+  words = [verdict.word for verdict in found.values()]
+  assert words == [
+    *("MISSED", "MISSED", "met", "MISSED", "not measured", "not measured"),
+    *("not measured", "met", "met", "met"),
+  ]
+  verdict = found["decode, 64 MB and more: 90 % of copy bandwidth"]
+  assert (verdict.num_met, verdict.num, verdict.where) == (1, 2, "b")
+  assert found["decode, ragged: 90 % of uniform"].worst == 0.9
 
 
 def test_without_a_gpu_it_says_so():
@@ -98,6 +248,16 @@ def test_batches_have_the_shapes_of_their_spec(spec):
 
 
 def test_ragged_rows_hold_as_much_as_uniform_ones():
-  lengths = gpu._ragged(64, 4096)
+  lengths = gpu_sizes.ragged(64, 4096)
   assert abs(sum(lengths) / (64 * 4096) - 1) < 0.01
   assert max(lengths) > 20 * min(lengths)
+
+
+def test_everything_is_compared_once_and_what_is_timed_exists():
+  sizes = gpu_sizes.FULL
+  assert sorted(s.name for s in sizes.first + sizes.rest) == sorted(
+    s.name for s in ARG_SPECS
+  )
+  for name, lengths in sizes.decode + sizes.layout + sizes.torch:
+    assert named(name) and len(lengths) in (1, 16, 64, 256)
+  assert set(sizes.torch) <= set(sizes.decode)
