@@ -64,8 +64,8 @@ def paged_attention(
     return_lse: Whether to return the logarithm of the softmax's denominator too, with
       which partial results can be merged.
     implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), `"mosaic"` (a
-      Hopper GPU, few queries per row), or None for the best that can serve: on a GPU
-      Triton if it can, else XLA.
+      Hopper GPU), or None for the best that can serve: on a GPU Triton if it can, else
+      XLA.
 
   Returns:
     `out [T, H, Dv]` in `q`'s dtype; zeros for tokens past `cu_seqlens[-1]`. With
