@@ -95,8 +95,7 @@ def test_kernels_fit_and_spill_nothing(compiler, spec, max_query_len):
 def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(
   compiler, name, num_resident
 ):
-  program, kernels = compile_mosaic(compiler, name, max_query_len=1)
-  (kernel,) = kernels
+  _, (kernel,) = compile_mosaic(compiler, name, max_query_len=1)
   assert kernel.spill_bytes == 0, kernel
   assert kernel.shared_bytes <= MAX_SHARED_BYTES, kernel
   assert resident(kernel) >= num_resident, kernel
@@ -105,6 +104,7 @@ def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(
 # A warpgroup that computes has 232 registers a thread; with heads of 256 it keeps some
 # numbers that it needs once per tile of queries in memory.
 MAX_SPILL_BYTES = {64: 0, 128: 0, 256: 40}
+MAX_TEMP_BYTES = 80 << 20  # queries and results by tiles, and those of the other rows
 MAX_PREFILL_SHARED_BYTES = {64: 146 << 10, 128: 162 << 10, 256: 194 << 10}
 
 
@@ -130,9 +130,7 @@ def test_the_prefill_kernel_for_hopper_fits(compiler, name, num_seqs, num_tokens
   assert prefill.spill_bytes <= MAX_SPILL_BYTES[head_dim], prefill
   assert prefill.shared_bytes <= MAX_PREFILL_SHARED_BYTES[head_dim], prefill
   assert split.spill_bytes == 0 and resident(split) >= 1, split
-  # Queries and results are laid out by tiles, and back; nothing else is kept.
-  q_bytes = 2 * num_tokens * named(name).num_heads * head_dim
-  assert program.temp_bytes < 3 * q_bytes + (16 << 20)
+  assert program.temp_bytes <= MAX_TEMP_BYTES
 
 
 def compile_mosaic(compiler, name, *, max_query_len=None, num_seqs=32, num_tokens=32):
