@@ -90,6 +90,7 @@ def test_kernels_fit_and_spill_nothing(compiler, spec, max_query_len):
     ("qwen-3-235b-a22b", 1),  # 16 columns
     ("gpt-oss-120b window", 2),
     ("gemma-2-9b", 1),  # a head of 256, and a soft cap
+    ("deepseek-v3 tp8", 1),  # latent keys of 576
   ],
 )
 def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(

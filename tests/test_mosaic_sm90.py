@@ -66,11 +66,12 @@ def make(rows, *, group=2, head_dim=64, block_size=16, window=None, dtype="bfloa
   return *floats, *(jnp.asarray(x, jnp.int32) for x in (tables, lens, starts))
 
 
-def interpreted(args, **options):
+def interpreted(args, *, v_head_dim=None, **options):
   """Runs the kernels, which must have no races."""
   run = functools.partial(
     mosaic_sm90.paged_attention,
     sm_scale=args[0].shape[-1] ** -0.5,
+    v_head_dim=v_head_dim or args[2].shape[-1],
     interpret=plgpu.InterpretGPUParams(detect_races=True),
     **options,
   )
@@ -133,6 +134,11 @@ def test_prompt_chunks_go_beside_decoding(rows, settings, options):
   check(make(rows, **settings), **options)
 
 
+def test_latent_keys_have_their_values_in_front():
+  q, k, _, *ids = make([(150, 1), (0, 1), (64, 1)], group=16, head_dim=192)
+  check((q, k, None, *ids), max_query_len=1, v_head_dim=128)
+
+
 def test_bits_depend_on_nothing_but_the_row():
   q, k, v, tables, lens, starts = make([(200, 40), (170, 1), (200, 170), (5, 5)])
   # Two rows of the same tokens, most of which the first had before.
@@ -170,7 +176,7 @@ def test_named_shapes_are_lowered(name, max_query_len):
   [
     ("llama-3-8b fp8", 1, "q, k and v must be of one type"),
     ("llama-3-8b float32", 1, "q must be bfloat16 or float16, got float32"),
-    ("deepseek-v3 tp8", 1, "it needs v"),
+    ("deepseek-v3 tp8", 2, "values must be as wide as keys"),
     ("phi-2", 1, "head_dim must be 64, 128 or 256, got 80"),
   ],
 )

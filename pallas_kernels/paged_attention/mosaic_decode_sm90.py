@@ -2,7 +2,8 @@
 
 The operands of the products are swapped, so that the long side of each is the tile of
 keys: `S^T = K Q^T` and `O^T = V^T P^T`, with as many columns as a kv head has queries,
-padded to eight. One warpgroup computes, and another fetches.
+padded to eight. One warpgroup computes, and another fetches. Latent keys, the first
+part of which are the values, are fetched once.
 """
 
 import functools
@@ -39,13 +40,14 @@ _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 def split(
   q: Array,
   k: Array,
-  v: Array,
+  v: Array | None,
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
   queue: SplitQueue,
   layer: Layer,
   *,
+  v_head_dim: int,
   max_queries: int,
   interpret: Any,
 ) -> tuple[Array, Array]:
@@ -54,12 +56,13 @@ def split(
   Args:
     q: `[T, H, D]`.
     k: `[N, K, block_size, D]`.
-    v: `[N, K, block_size, Dv]`.
+    v: `[N, K, block_size, Dv]`, or None: the first part of the keys.
     block_tables: `[S, P]`.
     seq_lens: `[S]`.
     cu_seqlens: `[S + 1]`.
     queue: Pieces in tiles of `TILE` tokens.
     layer: Static facts.
+    v_head_dim: `Dv`.
     max_queries: Most query tokens of a row in the queue.
     interpret: Parameters of the GPU interpreter, or None.
 
@@ -69,9 +72,10 @@ def split(
     `token * group + head` is a query of the row.
   """
   num_tokens, _, head_dim = q.shape
-  num_kv_heads, v_head_dim = k.shape[1], v.shape[-1]
+  num_kv_heads = k.shape[1]
   columns = 8 if max_queries * layer.group <= 8 else MAX_COLUMNS
-  per_stage = TILE * (head_dim + v_head_dim) * k.dtype.itemsize
+  width = head_dim + (0 if v is None else v_head_dim)
+  per_stage = TILE * width * k.dtype.itemsize
   num_stages = max(2, min(6, _SHARED_BYTES // per_stage))
   place = jnp.arange(max_queries, dtype=jnp.int32)
   token = jnp.minimum(cu_seqlens[:-1, None] + place[None], num_tokens - 1)
@@ -81,14 +85,32 @@ def split(
   )
   rows = jnp.pad(rows, ((0, 0), (0, 0), (0, columns - rows.shape[2]), (0, 0)))
   shape = (queue.rows.size, num_kv_heads, columns)
-  num_programs = min(NUM_PROGRAMS, queue.rows.size * num_kv_heads)
+  num_programs = NUM_PROGRAMS
+  if num_stages * per_stage > _SHARED_BYTES:  # One finds room on a multiprocessor.
+    num_programs //= 2
+  num_programs = min(num_programs, queue.rows.size * num_kv_heads)
 
-  def paged_attention_decode_sm90(*refs: Ref) -> None:
-    memory, scratch = _Memory(*refs[:12]), _Scratch(*refs[12:])
+  inputs = _Inputs(
+    q=rows,
+    k=ring.split_blocks(k, TILE),
+    v=None if v is None else ring.split_blocks(v, TILE),
+    block_tables=block_tables,
+    seq_lens=seq_lens,
+    cu_seqlens=cu_seqlens,
+    rows=queue.rows,
+    first=queue.first,
+    last=queue.last,
+    num_pieces=queue.num_pieces,
+  )
+
+  def paged_attention_decode_sm90(
+    inputs: _Inputs, out: Ref, lse: Ref, *refs: Ref
+  ) -> None:
+    scratch = _Scratch(*refs)
     each = functools.partial(
       ring.each_piece,
-      piece_at=functools.partial(_piece_at, memory),
-      num_pieces=memory.num_pieces[0],
+      piece_at=functools.partial(_piece_at, inputs),
+      num_pieces=inputs.num_pieces[0],
       num_heads=num_kv_heads,
       num_programs=num_programs,
     )
@@ -96,11 +118,11 @@ def split(
 
     @pl.when(thread == 0)
     def _() -> None:
-      each(functools.partial(_compute, memory, scratch, layer))
+      each(functools.partial(_compute, inputs, out, lse, scratch, layer))
 
     @pl.when(thread == 1)
     def _() -> None:
-      ring.fetch_all(scratch.rings(memory), memory.block_tables, each)
+      ring.fetch_all(scratch.rings(inputs), inputs.block_tables, each)
 
   barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
   copies = ring.copies_per_tile(k, TILE)
@@ -113,15 +135,15 @@ def split(
     scratch_types=_Scratch(
       q=ring.tiled((columns, head_dim), q.dtype),
       k=ring.tiled((num_stages, TILE, head_dim), q.dtype),
-      v=ring.tiled((num_stages, TILE, v_head_dim), q.dtype),
+      v=None if v is None else ring.tiled((num_stages, TILE, v_head_dim), q.dtype),
       weights=ring.tiled((columns, TILE), q.dtype),
       out=ring.tiled((columns, v_head_dim), jnp.float32),
       lse=plgpu.SMEM((columns,), jnp.float32),
       q_here=plgpu.Barrier(),
       k_here=barriers(num_arrivals=copies),
-      v_here=barriers(num_arrivals=copies),
+      v_here=None if v is None else barriers(num_arrivals=copies),
       k_free=barriers(),
-      v_free=barriers(),
+      v_free=None if v is None else barriers(),
     ),
     grid=(num_programs,),
     grid_names=("program",),
@@ -133,26 +155,15 @@ def split(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
     **({} if interpret is None else {"interpret": interpret}),
-  )(
-    rows,
-    ring.split_blocks(k, TILE),
-    ring.split_blocks(v, TILE),
-    block_tables,
-    seq_lens,
-    cu_seqlens,
-    queue.rows,
-    queue.first,
-    queue.last,
-    queue.num_pieces,
-  )
+  )(inputs)
 
 
-class _Memory(NamedTuple):
-  """Arguments and results in the memory of the device."""
+class _Inputs(NamedTuple):
+  """Arguments in the memory of the device."""
 
   q: Ref  # [S, K, columns, D]
   k: Ref  # [N, K, tiles per block, tokens per copy, D]
-  v: Ref  # [N, K, tiles per block, tokens per copy, Dv]
+  v: Ref  # [N, K, tiles per block, tokens per copy, Dv], or None
   block_tables: Ref  # [S, P]
   seq_lens: Ref  # [S]
   cu_seqlens: Ref  # [S + 1]
@@ -160,8 +171,6 @@ class _Memory(NamedTuple):
   first: Ref  # [W]
   last: Ref  # [W]
   num_pieces: Ref  # [1]
-  out: Ref  # [W, K, columns, Dv]
-  lse: Ref  # [W, K, columns]
 
 
 class _Scratch(NamedTuple):
@@ -169,7 +178,7 @@ class _Scratch(NamedTuple):
 
   q: Ref  # [columns, D]
   k: Ref  # [stages, tile, D]
-  v: Ref  # [stages, tile, Dv]
+  v: Ref  # [stages, tile, Dv], or None as what belongs to it
   weights: Ref  # [columns, tile]
   out: Ref  # [columns, Dv]
   lse: Ref  # [columns]
@@ -179,47 +188,52 @@ class _Scratch(NamedTuple):
   k_free: Ref  # [stages]
   v_free: Ref  # [stages]
 
-  def rings(self, memory: _Memory) -> tuple[Ring, Ring]:
-    """Of keys, and of values."""
-    return (
-      Ring(memory.k, self.k, self.k_here, self.k_free),
-      Ring(memory.v, self.v, self.v_here, self.v_free),
-    )
+  def rings(self, inputs: _Inputs) -> tuple[Ring, ...]:
+    """Of keys, and of values that are no part of them."""
+    keys = Ring(inputs.k, self.k, self.k_here, self.k_free)
+    if self.v is None:
+      return (keys,)
+    return keys, Ring(inputs.v, self.v, self.v_here, self.v_free)
 
 
-def _piece_at(memory: _Memory, number: Array, head: Array, done: Array) -> Piece:
-  row = memory.rows[number]
-  max_len = memory.block_tables.shape[1] * memory.k.shape[2] * memory.k.shape[3]
+def _piece_at(inputs: _Inputs, number: Array, head: Array, done: Array) -> Piece:
+  row = inputs.rows[number]
+  max_len = inputs.block_tables.shape[1] * inputs.k.shape[2] * inputs.k.shape[3]
   return Piece(
     number=number,
     head=head,
     row=row,
-    first=memory.first[number],
-    last=memory.last[number],
-    length=jnp.minimum(memory.seq_lens[row], max_len),
+    first=inputs.first[number],
+    last=inputs.last[number],
+    length=jnp.minimum(inputs.seq_lens[row], max_len),
     done=done,
   )
 
 
-def _compute(memory: _Memory, scratch: _Scratch, layer: Layer, piece: Piece) -> None:
+def _compute(
+  inputs: _Inputs, out: Ref, lse: Ref, scratch: _Scratch, layer: Layer, piece: Piece
+) -> None:
   """Attends over the tiles of a piece, and writes its partial result."""
   columns, v_head_dim = scratch.out.shape
   row, length = piece.row, piece.length
-  query_len = memory.cu_seqlens[row + 1] - memory.cu_seqlens[row]
+  query_len = inputs.cu_seqlens[row + 1] - inputs.cu_seqlens[row]
   base = length - query_len  # position of the first query
   begin = jnp.int32(0)
   if layer.sliding_window is not None:
     begin = jnp.maximum(base - (layer.sliding_window - 1), 0)
-  plgpu.copy_gmem_to_smem(memory.q.at[row, piece.head], scratch.q, scratch.q_here)
+  plgpu.copy_gmem_to_smem(inputs.q.at[row, piece.head], scratch.q, scratch.q_here)
   plgpu.barrier_wait(scratch.q_here)
 
   def step(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
     acc, top, total = state
     slot = ring.slot_of(scratch.k, piece, index)
-    keys, values = scratch.k.at[slot], scratch.v.at[slot]
+    keys = scratch.k.at[slot]
+    is_latent = scratch.v is None
+    values = keys.at[:, pl.ds(0, v_head_dim)] if is_latent else scratch.v.at[slot]
     plgpu.barrier_wait(scratch.k_here.at[slot])
     logits = ring.product(keys, scratch.q.T, (TILE, columns))
-    plgpu.barrier_arrive(scratch.k_free.at[slot])
+    if not is_latent:
+      plgpu.barrier_arrive(scratch.k_free.at[slot])
     mask = _mask(logits.shape, index * TILE, base, length, layer)
     logits = jnp.where(mask, _scaled(logits, layer), NEG)
     new_top = jnp.maximum(top, logits.max(axis=0))
@@ -230,7 +244,8 @@ def _compute(memory: _Memory, scratch: _Scratch, layer: Layer, piece: Piece) -> 
     total = total * _spread(shrink, total.shape) + weights
     weights = weights.astype(scratch.weights.dtype)
     scratch.weights.T[...] = plgpu.layout_cast(weights, _TRANSPOSED)
-    plgpu.barrier_wait(scratch.v_here.at[slot])
+    if not is_latent:
+      plgpu.barrier_wait(scratch.v_here.at[slot])
 
     @pl.when((index * TILE < begin) | ((index + 1) * TILE > length))
     def _() -> None:
@@ -240,7 +255,7 @@ def _compute(memory: _Memory, scratch: _Scratch, layer: Layer, piece: Piece) -> 
 
     plgpu.commit_smem()
     part = ring.product(values.T, scratch.weights.T, acc.shape)
-    plgpu.barrier_arrive(scratch.v_free.at[slot])
+    plgpu.barrier_arrive((scratch.k_free if is_latent else scratch.v_free).at[slot])
     return acc * _spread(shrink, acc.shape) + part, new_top, total
 
   acc, top, total = lax.fori_loop(
@@ -259,8 +274,8 @@ def _compute(memory: _Memory, scratch: _Scratch, layer: Layer, piece: Piece) -> 
   scratch.out.T[...] = plgpu.layout_cast(acc, _TRANSPOSED)
   scratch.lse[...] = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(scratch.out, memory.out.at[piece.number, piece.head])
-  plgpu.copy_smem_to_gmem(scratch.lse, memory.lse.at[piece.number, piece.head])
+  plgpu.copy_smem_to_gmem(scratch.out, out.at[piece.number, piece.head])
+  plgpu.copy_smem_to_gmem(scratch.lse, lse.at[piece.number, piece.head])
   plgpu.wait_smem_to_gmem(0)
 
 

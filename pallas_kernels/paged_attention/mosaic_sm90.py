@@ -27,18 +27,23 @@ def why_not(
   max_query_len: int | None,
   is_causal: bool,
   k_scale: Array | None,
+  v_head_dim: int,
   **_: Any,
 ) -> str | None:
   """Says why this backend cannot serve such arguments; None if it can."""
-  if v is None:
-    return "it needs v"
-  if k_scale is not None or not q.dtype == k.dtype == v.dtype:
-    return f"q, k and v must be of one type, got {q.dtype}, {k.dtype} and {v.dtype}"
+  dtypes = [x.dtype for x in (q, k, v) if x is not None]
+  if k_scale is not None or len(set(dtypes)) > 1:
+    return f"q, k and v must be of one type, got {', '.join(map(str, dtypes))}"
   if q.dtype.name not in ("bfloat16", "float16"):
     return f"q must be bfloat16 or float16, got {q.dtype}"
-  for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v.shape[-1])):
-    if width not in (64, 128, 256):
-      return f"{name} must be 64, 128 or 256, got {width}"
+  if v is None:
+    for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v_head_dim)):
+      if width % 64 or width > 576:
+        return f"{name} must be a multiple of 64 up to 576 without v, got {width}"
+  else:
+    for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v_head_dim)):
+      if width not in (64, 128, 256):
+        return f"{name} must be 64, 128 or 256, got {width}"
   if k.shape[2] not in (8, 16, 32, 64, 128):
     return f"block_size must be a power of two from 8 to 128, got {k.shape[2]}"
   if not is_causal:
@@ -48,15 +53,18 @@ def why_not(
   group = q.shape[1] // k.shape[1]
   if group > prefill.MAX_GROUP:
     return f"a kv head must have at most {prefill.MAX_GROUP} heads, got {group}"
-  if _has_chunks(group, max_query_len) and k.shape[-1] != v.shape[-1]:
-    return f"v must be as wide as k {k.shape} for prompt chunks, got {v.shape}"
+  if _has_chunks(group, max_query_len) and (v is None or k.shape[-1] != v_head_dim):
+    return (
+      f"values must be as wide as keys {k.shape} where max_query_len times {group}"
+      f" heads may be more than {decode.MAX_COLUMNS}, got v_head_dim {v_head_dim}"
+    )
   return None
 
 
 def paged_attention(
   q: Array,
   k: Array,
-  v: Array,
+  v: Array | None,
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
@@ -66,6 +74,7 @@ def paged_attention(
   sliding_window: int | None = None,
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
+  v_head_dim: int,
   interpret: Any = None,
   **_: Any,
 ) -> tuple[Array, Array]:
@@ -77,7 +86,6 @@ def paged_attention(
   num_tokens, num_heads = q.shape[:2]
   num_kv_heads, block_size = k.shape[1:3]
   group = num_heads // num_kv_heads
-  arguments = (q, k, v, block_tables, seq_lens, cu_seqlens)
   layer = Layer(
     group=group,
     sm_scale=sm_scale,
@@ -99,7 +107,12 @@ def paged_attention(
       sliding_window=sliding_window,
     )
     parts = decode.split(
-      *arguments, queue, layer, max_queries=max_queries, interpret=interpret
+      *(q, k, v, block_tables, seq_lens, cu_seqlens),
+      queue,
+      layer,
+      v_head_dim=v_head_dim,
+      max_queries=max_queries,
+      interpret=interpret,
     )
     results = triton.combine(
       *parts,
@@ -109,7 +122,7 @@ def paged_attention(
       dtype=q.dtype,
       interpret=interpret is not None,
     )
-  if _has_chunks(group, max_query_len):
+  if v is not None and _has_chunks(group, max_query_len):
     tiles = work_queue.tile_rows(
       seq_lens,
       cu_seqlens,
@@ -120,7 +133,12 @@ def paged_attention(
     )
     if tiles.rows.size:
       results = prefill.fill(
-        results, *arguments, sinks, tiles, layer, interpret=interpret
+        results,
+        *(q, k, v, block_tables, seq_lens, cu_seqlens),
+        sinks,
+        tiles,
+        layer,
+        interpret=interpret,
       )
   assert results is not None
   return results
