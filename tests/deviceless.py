@@ -163,12 +163,19 @@ class Compiler:
 
 
 def _mosaic_kernels(folder: Path) -> dict[str, Kernel]:
+  """Kernels that were assembled; what was assembled before in this process is not.
+
+  Files end in numbers of which each step of the compiler has its own.
+  """
+  stems = {path.stem.rpartition("_")[0]: path for path in folder.glob("*.ptxas")}
+  resources = {
+    path.name.rpartition("_")[0]: path for path in folder.glob("*.resources.txt")
+  }
   found = {}
-  for path in folder.glob("*.ptxas"):
+  for stem, path in stems.items():
     entry = _ENTRY.search(path.read_text("utf-8"))
-    resources = path.with_suffix(".resources.txt").read_text("utf-8")
+    shared = _SHARED.search(resources[stem].read_text("utf-8"))
     threads = _THREADS.search(path.with_suffix(".ptx").read_text("utf-8"))
-    shared = _SHARED.search(resources)
     assert entry and shared and threads, path
     found[entry["name"]] = Kernel(
       registers=int(entry["registers"]),

@@ -94,22 +94,67 @@ def test_kernels_fit_and_spill_nothing(compiler, spec, max_query_len):
     ("qwen-3-235b-a22b", 1),  # 16 columns
     ("gpt-oss-120b window", 2),
     ("gemma-2-9b", 1),  # a head of 256, and a soft cap
+    ("deepseek-v3 tp8", 1),  # latent keys of 576
   ],
 )
-def test_the_kernel_for_hopper_fits_and_spills_nothing(compiler, name, num_resident):
-  spec = named(name)
-  shapes = spec.shapes(
-    num_seqs=32, num_blocks=4096, max_blocks=8192 // spec.block_size, num_tokens=32
-  )
-  run = functools.partial(
-    paged_attention, implementation="mosaic", max_query_len=1, **spec.options
-  )
-  program = compiler(run, **shapes)
-  (kernel,) = (k for name, k in program.kernels.items() if "sm90" in name)
+def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(
+  compiler, name, num_resident
+):
+  _, (kernel,) = compile_mosaic(compiler, name, max_query_len=1)
   assert kernel.spill_bytes == 0, kernel
   assert kernel.shared_bytes <= MAX_SHARED_BYTES, kernel
   assert resident(kernel) >= num_resident, kernel
+
+
+# A warpgroup that computes has 232 registers a thread; with heads of 256 it keeps some
+# numbers that it needs once per tile of queries in memory.
+MAX_SPILL_BYTES = {64: 0, 128: 0, 256: 40}
+MAX_TEMP_BYTES = 80 << 20  # queries and results by tiles, and those of the other rows
+MAX_PREFILL_SHARED_BYTES = {64: 146 << 10, 128: 162 << 10, 256: 194 << 10}
+
+
+@pytest.mark.parametrize(
+  ("name", "num_seqs", "num_tokens"),
+  [
+    ("llama-3-8b", 1, 4096),
+    ("llama-3-8b block 16", 1, 4096),
+    ("llama-3-8b block 128", 32, 1024),
+    ("llama-3-8b float16", 32, 1024),
+    ("llama-3.2-3b", 32, 1024),  # three heads per kv head
+    ("gpt-oss-120b window", 32, 1024),
+    ("gemma-2-9b", 32, 1024),
+  ],
+)
+def test_the_prefill_kernel_for_hopper_fits(compiler, name, num_seqs, num_tokens):
+  program, kernels = compile_mosaic(
+    compiler, name, num_seqs=num_seqs, num_tokens=num_tokens
+  )
+  prefill, split = sorted(kernels, key=lambda kernel: -kernel.threads)
+  head_dim = named(name).head_dim
+  assert prefill.threads == 384 and prefill.registers == 168
+  assert prefill.spill_bytes <= MAX_SPILL_BYTES[head_dim], prefill
+  assert prefill.shared_bytes <= MAX_PREFILL_SHARED_BYTES[head_dim], prefill
+  assert split.spill_bytes == 0 and resident(split) >= 1, split
+  assert program.temp_bytes <= MAX_TEMP_BYTES
+
+
+def compile_mosaic(compiler, name, *, max_query_len=None, num_seqs=32, num_tokens=32):
+  spec = named(name)
+  shapes = spec.shapes(
+    num_seqs=num_seqs,
+    num_blocks=4096,
+    max_blocks=8192 // spec.block_size,
+    num_tokens=num_tokens,
+  )
+  run = functools.partial(
+    paged_attention,
+    implementation="mosaic",
+    max_query_len=max_query_len,
+    **spec.options,
+  )
+  program = compiler(run, **shapes)
   assert not hlo.read(program.text).rewrites(shapes["k"].size)
+  return program, [k for name, k in program.kernels.items() if "sm90" in name]
 
 
 MODEL = LlamaConfig(

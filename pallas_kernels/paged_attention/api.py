@@ -66,8 +66,8 @@ def paged_attention(
     return_lse: Whether to return the logarithm of the softmax's denominator too, with
       which partial results can be merged.
     implementation: `"xla"`, `"triton"` (a CUDA GPU, Ampere or later), `"mosaic"` (a
-      Hopper GPU, few queries per row), or None for the best that can serve: on a GPU
-      Triton if it can, else XLA.
+      Hopper GPU), or None for the best that can serve: on a GPU Triton if it can, else
+      XLA.
     plan: What `plan` made of the same `seq_lens` and `cu_seqlens`, so that layers that
       are scanned need not each compute it.
 
