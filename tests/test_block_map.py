@@ -48,7 +48,7 @@ def made_up(num_blocks, *, max_seqs=6, num_columns=8, layers=(ATTENTION,), seed=
     mine = [own.pop() for _ in range(min(len(own), num_columns - len(shared)))]
     blocks = [*shared, *mine[: rng.integers(1, len(mine) + 1)]] if mine else shared
     tables[row, : len(blocks)] = blocks
-    is_partial = bool(blocks) and len(blocks) > len(shared)  # never a shared block
+    is_partial = len(blocks) > len(shared)  # never a shared block
     lens[row] = 4 * len(blocks) - is_partial * rng.integers(4)
   refs = np.bincount(tables.ravel(), minlength=num_blocks)
   refs[0] = 0

@@ -57,7 +57,7 @@ def test_samples_agree_with_the_run():
   assert (found["references"] >= found["in_use"]).all()
   assert (found["running"] + found["waiting"] + found["finished"] <= NUM).all()
   assert found["running"].max() == 2 and found["waiting"][0] == NUM - 2
-  assert (np.diff(found["step"]) > 0).all() and found["step"][-1] == requests.num_steps
+  assert (np.diff(found["step"]) >= 0).all() and found["step"][-1] == requests.num_steps
   sampled = (requests.lengths - requests.prompt_lens).sum()
   assert found["tokens"][-1] == sampled
   steps = np.diff(found["step"], prepend=0)
@@ -75,7 +75,7 @@ def test_slices_append():
   _, requests, history = jax.device_get(run(5, 9, 1000, size=64))
   found, want = history.series(), whole()[2].series()
   assert {5, 14} <= set(found["step"].tolist())
-  assert (np.diff(found["step"]) > 0).all()
+  assert (np.diff(found["step"]) >= 0).all()
   assert (
     found["step"][-1] == want["step"][-1] and found["tokens"][-1] == want["tokens"][-1]
   )
