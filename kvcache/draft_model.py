@@ -112,9 +112,11 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     first = sampler(logits, batch.settings, lengths)
     drafts = jnp.zeros((S, self.num_drafts), jnp.int32).at[:, 0].set(first)
 
-    def draft(i: Array, carry: tuple[Context, Array, Array, Array]):
+    def draft(
+      i: Array, carry: tuple[Context, Array, Array, Array]
+    ) -> tuple[Context, Array, Array, Array]:
       ctx, drafts, drafting, num = carry
-      last = lax.dynamic_index_in_dim(drafts, i - 1, axis=1, keepdims=False)
+      last: Array = lax.dynamic_index_in_dim(drafts, i - 1, axis=1, keepdims=False)
       ctx, status = stepping.extend(ctx, drafting.astype(jnp.int32))
       drafting &= status == Status.OK
       metadata = stepping.step_metadata(ctx, drafting.astype(jnp.int32))

@@ -8,6 +8,7 @@ token is computed samples the next one.
 
 from collections.abc import Sequence
 import enum
+from typing import Any
 
 import flax.struct
 import jax
@@ -365,7 +366,7 @@ def append(
 
 
 def _each(name: str, value: int | Sequence[int], num: int) -> list[int]:
-  values = [value] * num if np.ndim(value) == 0 else list(value)
+  values: list[Any] = [value] * num if np.ndim(value) == 0 else list(np.asarray(value))
   if len(values) != num:
     raise ValueError(f"{name} has {len(values)} entries for {num} prompts")
   for entry in values:

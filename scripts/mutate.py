@@ -47,7 +47,6 @@ ROOT = Path(__file__).parents[1]
 EQUIVALENT = Path(__file__).with_name("mutate_equivalent.toml")
 CACHE = ROOT / ".cache" / "mutate"
 WALK = "tests/test_walks.py::test_walks_agree_with_the_oracle"
-GROUP_WALK = "tests/test_group_walks.py"
 VERBS = ("tests/test_context.py", "tests/test_lifecycle.py")
 # The tests of each module, the quickest first.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -59,7 +58,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "tests/test_observe.py",
     "tests/test_arguments.py",
     "tests/test_hostile.py",
-    f"{WALK}[tiny]",
     "tests/test_groups.py",
     "tests/test_hybrid.py",
   ),

@@ -9,6 +9,7 @@ way.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -183,7 +184,8 @@ class Llama(nnx.Module):
       graph, weights = nnx.split(self.layers)
 
       def scan_block(
-        carry: tuple[jax.Array, Context], layer_and_weights: tuple[jax.Array, nnx.State]
+        carry: tuple[jax.Array, Context],
+        layer_and_weights: tuple[jax.Array, nnx.State[Any, Any]],
       ) -> tuple[tuple[jax.Array, Context], None]:
         layer, weights = layer_and_weights
         block = nnx.merge(graph, weights)

@@ -9,6 +9,7 @@ does not have is not wanted from a checkpoint either.
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -116,7 +117,7 @@ class _Slot:
 
 
 @functools.cache
-def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
   make = functools.partial(_MODELS[type(config)], config)
   return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
@@ -126,7 +127,7 @@ def weight_shapes(config: ModelConfig) -> list[jax.ShapeDtypeStruct]:
   return jax.tree.leaves(_abstract(config)[1])
 
 
-def _slot(config: ModelConfig, path: tuple) -> _Slot:
+def _slot(config: ModelConfig, path: tuple[Any, ...]) -> _Slot:
   names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
   names = tuple(name for name in names if name not in (None, "value"))
   label = ".".join(map(str, names))
@@ -209,7 +210,7 @@ def build_model(config: ModelConfig, read: ReadTensor, *, source: str) -> Model:
   """
   graph, state = _abstract(config)
 
-  def fill(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
+  def fill(path: tuple[Any, ...], variable: jax.ShapeDtypeStruct) -> jax.Array:
     slot = _slot(config, path)
     arrays = [
       _join([read(*part) for part in slot.parts(layer)], axis=slot.axis)

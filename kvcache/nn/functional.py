@@ -35,7 +35,7 @@ def as_function(module: nnx.Module) -> Partial:
 
 
 @functools.lru_cache(maxsize=64)
-def _call_of(graph: nnx.GraphDef, structure: Any) -> Callable[..., Any]:
+def _call_of(graph: nnx.GraphDef[Any], structure: Any) -> Callable[..., Any]:
   """Makes one function per structure: jit compares functions by identity."""
 
   def call_module(arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:

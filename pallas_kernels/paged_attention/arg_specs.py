@@ -118,7 +118,7 @@ def _model(name: str, heads: int, kv_heads: int, head_dim: int, **more: Any) -> 
 _FP8 = jnp.float8_e4m3fn
 # Latent queries are as wide as the compressed keys, but scaled for the 128 + 64
 # elements of a head before compression.
-_LATENT = {"head_dim": 576, "v_head_dim": 512, "sm_scale": 192**-0.5}
+_LATENT: dict[str, Any] = {"head_dim": 576, "v_head_dim": 512, "sm_scale": 192**-0.5}
 
 ARG_SPECS = (
   _model("llama-3-8b", 32, 8, 128),

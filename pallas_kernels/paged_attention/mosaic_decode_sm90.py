@@ -78,7 +78,6 @@ def split(
   num_tokens, _, head_dim = q.shape
   num_kv_heads = k.shape[1]
   columns = 8 if max_queries * layer.group <= 8 else MAX_COLUMNS
-  width = head_dim + (0 if v is None else v_head_dim)
   setup = settings(k, v)
   num_stages = setup.num_stages
   place = jnp.arange(max_queries, dtype=jnp.int32)
