@@ -59,7 +59,7 @@ def _run_model(
   )
   tokens = next_tokens(requests, batch, metadata)
   logits, ctx = model(tokens, metadata, ctx)
-  logits = sharding.replicate(metadata.head_axes, logits)
+  logits = sharding.gather_logits(metadata.head_axes, logits)
   ctx = stepping.commit(ctx, tokens, metadata)
   requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
   return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
@@ -104,7 +104,7 @@ def _run_drafts(
   known = next_tokens(requests, batch, metadata)
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   logits, ctx = model(tokens, metadata, ctx)
-  logits = sharding.replicate(metadata.head_axes, logits)
+  logits = sharding.gather_logits(metadata.head_axes, logits)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
