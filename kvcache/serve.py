@@ -63,7 +63,7 @@ def _run_model(
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
     _check_logits(logits, metadata)
-    logits = sharding.replicate(metadata.head_axes, logits)
+    logits = sharding.gather_logits(metadata.head_axes, logits)
   with jax.named_scope("commit"):
     ctx = stepping.commit(ctx, tokens, metadata)
   with jax.named_scope("sample"):
@@ -113,7 +113,7 @@ def _run_drafts(
   with jax.named_scope("model"):
     logits, ctx = model(tokens, metadata, ctx)
     _check_logits(logits, metadata)
-    logits = sharding.replicate(metadata.head_axes, logits)
+    logits = sharding.gather_logits(metadata.head_axes, logits)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]

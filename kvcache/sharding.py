@@ -235,6 +235,16 @@ def replicate[Tree](axes: Sequence[str], tree: Tree) -> Tree:
   return lax.with_sharding_constraint(tree, P()) if split(axes) else tree
 
 
+def gather_logits(axes: Sequence[str], logits: Array) -> Array:
+  """Makes logits `[S, V]` whole on every device where XLA splits."""
+  heads = split(axes)
+  if heads:
+    # First by words: asked for whole logits alone, XLA gathers the output matrix.
+    words = heads.spec(logits.shape[-1], axis=logits.ndim - 1)
+    logits = lax.with_sharding_constraint(logits, words)
+  return replicate(axes, logits)
+
+
 def place[Tree](axes: Sequence[str], tree: Tree) -> Tree:
   """Moves arrays, whole, to every device of the mesh; nothing on one device."""
   if not axes:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 import re
@@ -15,7 +16,14 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  SingleDeviceSharding,
+)
+import numpy as np
 
 TARGETS = Path(__file__).parents[1] / "scripts"
 DEVICE = AbstractDevice(
@@ -109,14 +117,13 @@ class Compiler:
   @functools.cached_property
   def sharding(self) -> SingleDeviceSharding:
     """Of arguments: all on the one device."""
-    name = _NAMES[self.device]
-    topology = topologies.get_topology_desc(
-      platform="cuda",
-      topology_name=name,
-      target_config=(TARGETS / f"{name}.txtpb").read_text("utf-8"),
-      topology="1x1x1",
-    )
-    return SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(_devices(self.device, 1)[0])
+
+  def mesh(self, **sizes: int) -> Mesh:
+    """A mesh of the GPUs of one host."""
+    devices = np.array(_devices(self.device, math.prod(sizes.values())))
+    types = (AxisType.Auto,) * len(sizes)
+    return Mesh(devices.reshape(*sizes.values()), tuple(sizes), axis_types=types)
 
   def shapes(self, tree: Any) -> Any:
     """Arrays or shapes of a pytree, as they would lie on the device."""
@@ -125,14 +132,23 @@ class Compiler:
     )
 
   def __call__(
-    self, run: Callable[..., Any], *args: Any, donate: Any = (), **kwargs: Any
+    self,
+    run: Callable[..., Any],
+    *args: Any,
+    donate: Any = (),
+    mesh: Mesh | None = None,
+    **kwargs: Any,
   ) -> Program:
-    """Compiles a function of arguments that have shapes and dtypes."""
-    args, kwargs = self.shapes((args, kwargs))
+    """Compiles a function of arguments that have shapes, and shardings with a mesh."""
+    if mesh is None:
+      args, kwargs = self.shapes((args, kwargs))
+      where = gpu(self.device)
+    else:
+      where = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     dump, mosaic = self.folder / "dump", self.folder / "mosaic"
     for path in (self._log, *dump.glob("*"), *mosaic.glob("*")):
       path.unlink(missing_ok=True)
-    with gpu(self.device):
+    with where:
       lowered = jax.jit(run, donate_argnums=donate).trace(*args, **kwargs).lower()
     compiled = lowered.compile(
       compiler_options={
@@ -160,6 +176,18 @@ class Compiler:
       for m in _LAUNCH.finditer(thunks.read_text("utf-8"))
       if m["name"] in entries
     }
+
+
+def _devices(device: AbstractDevice, num: int) -> list[Any]:
+  """The GPUs of one host."""
+  name = _NAMES[device]
+  topology = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name=name,
+    target_config=(TARGETS / f"{name}.txtpb").read_text("utf-8"),
+    topology=f"1x1x{num}",
+  )
+  return topology.devices
 
 
 def _mosaic_kernels(folder: Path) -> dict[str, Kernel]:

@@ -9,13 +9,15 @@ import functools
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import pytest
 
 import kvcache
-from kvcache import CacheConfig, SchedulerConfig
+from kvcache import CacheConfig, SchedulerConfig, sharding
 from kvcache.models.granite_hybrid import GraniteHybrid, GraniteHybridConfig
 from kvcache.models.llama import Llama, LlamaConfig
-from kvcache.nn import as_function
+from kvcache.nn import as_function, weight_specs
 from pallas_kernels import ssm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
@@ -396,3 +398,39 @@ def test_the_loop_of_a_hybrid_copies_no_states(compiler):
   wanted = {"ssm_conv1d_step", "ssm_ssd_step", "ssm_ssd_chunks"}
   assert wanted <= {name.rstrip("_0123456789") for name in program.kernels}
   assert not any(k.spill_bytes for k in program.kernels.values())
+
+
+def test_two_devices_share_the_loop_and_gather_no_pool(compiler):
+  mesh = compiler.mesh(tensor=2)
+  config = dataclasses.replace(CONFIG, head_axes="tensor")
+
+  def spread(tree, specs):
+    return jax.tree.map(
+      lambda x, spec: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+      ),
+      tree,
+      specs,
+    )
+
+  model = nnx.eval_shape(lambda: Llama(MODEL, rngs=nnx.Rngs(0)))
+  graph, weights = nnx.split(model)
+  weights = spread(weights, weight_specs(model, config.head_axes, mesh=mesh))
+  ctx = jax.eval_shape(functools.partial(kvcache.init, config))
+  ctx = spread(ctx, sharding.partition_specs(config, mesh=mesh))
+  requests = jax.eval_shape(
+    lambda: kvcache.make_requests([[1] * 100] * 128, max_new_tokens=100)
+  )
+  requests = spread(requests, jax.tree.map(lambda _: P(), requests))
+  run = functools.partial(kvcache.serve, scheduler=SchedulerConfig(token_budget=512))
+  function = as_function(nnx.merge(graph, weights))
+  program = compiler(run, function, ctx, requests, donate=(1, 2), mesh=mesh)
+  module = hlo.read(program.text)
+  elements = CONFIG.num_bytes // 2 // 2 // 2  # of the keys on one device
+  assert not [str(i) for i in module.rewrites(elements // 2)]
+  sent = [i for i in module.walk(into_fusions=True) if i.opcode.startswith("all-")]
+  # A step's activations: 512 tokens, of as many features as the widest layer has.
+  most = 512 * 2 * MODEL.intermediate_size
+  assert sent and not [str(i) for i in sent if i.num_elements > most]
+  assert program.temp_bytes < 0.1 * CONFIG.num_bytes
+  assert {"paged_attention_split", "paged_attention_fill"} <= program.kernels.keys()
