@@ -63,7 +63,7 @@ class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
     shared_prefix: What `attend` reads once for several rows; None if not looked for.
     windows: For each of `config.windows`, where the tokens stand in its pool.
     plans: For each of `config.groups`, what its layers' attention would else compute
-      once per layer, see `kvcache.plans`. May be empty.
+      once per layer, see `kvcache.attention_plans`. May be empty.
     is_decode: Whether the layout is the decode layout. Static.
     num_logits: Logits of each row. Above 1 the step is a draft step: recurrent layers
       keep the state after each of a row's tokens. Static.

@@ -10,10 +10,10 @@ import numpy as np
 
 from kvcache import (
   arguments,
+  attention_plans,
   blocks,
   kv,
   metadata,
-  plans,
   prefix,
   ragged,
   scrubbing,
@@ -178,7 +178,7 @@ def step_metadata(
   if cascade:
     found = metadata.find_shared_prefix(view, block_size=config.block_size)
     view = view.replace(shared_prefix=found)
-  return view.replace(plans=plans.make(config, ctx.kv, view))
+  return view.replace(plans=attention_plans.make(config, ctx.kv, view))
 
 
 def locate(

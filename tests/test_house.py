@@ -28,7 +28,7 @@ FLOORS = (
   {"publishing", "releasing"},
   {"context"},
   {"sharding", "scrubbing"},
-  {"plans"},
+  {"attention_plans"},
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "requests", "sampling"},
   {"handoff", "terminal"},
@@ -138,13 +138,13 @@ def test_kernels_import_jax_and_nothing_of_ours():
   assert not strangers
 
 
-def test_only_attention_recurrent_and_plans_import_kernels():
+def test_only_attention_recurrent_and_attention_plans_import_kernels():
   importers = {
     room(module)
     for module, targets in IMPORTS.items()
     if ours(module, "kvcache") and any(ours(t, "pallas_kernels") for t in targets)
   }
-  assert importers <= {"attention", "plans", "recurrent"}
+  assert importers <= {"attention", "attention_plans", "recurrent"}
 
 
 def test_packages_do_not_import_tests_or_benchmarks():

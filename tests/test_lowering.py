@@ -109,5 +109,7 @@ def test_the_capability_of_a_device_that_is_there_is_asked(monkeypatch):
   found = types.SimpleNamespace(platform="gpu", compute_capability="8.6")
   monkeypatch.setattr(jax, "devices", lambda: [found])
   assert not device.has_float8() and device.shared_bytes() == 99 << 10
+  found.compute_capability = "gfx942"
+  assert not device.has_float8() and device.shared_bytes() == 99 << 10
   found.compute_capability = "10.0"
   assert device.has_float8() and device.shared_bytes() == 227 << 10

@@ -10,6 +10,7 @@ _BY_NAME = {
   (8, 9): re.compile(r"\b(L4|L40S?|RTX [45]0\d\d|Ada|RTX PRO)\b"),
   (9, 0): re.compile(r"\b(H100|H200|H800|H20|GH200|B\d00|GB\d00)\b"),
 }
+_UNKNOWN = (8, 6)  # of those that kernels are for, the one that can do least
 _LARGE = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 
 
@@ -34,9 +35,10 @@ def _capability() -> tuple[int, int]:
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
     known = (x for x, name in _BY_NAME.items() if name.search(device.device_kind))
-    return next(known, (8, 6))
+    return next(known, _UNKNOWN)
   device = jax.devices()[0]
   if device.platform != "gpu":
     return (9, 0)
-  major, minor = str(device.compute_capability).split(".")
-  return int(major), int(minor)
+  # That of other makers' GPUs is no number.
+  found = re.fullmatch(r"(\d+)\.(\d+)", str(device.compute_capability))
+  return (int(found[1]), int(found[2])) if found else _UNKNOWN

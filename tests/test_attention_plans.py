@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import AttentionLayer, CacheConfig, plans
+from kvcache import attention_plans, AttentionLayer, CacheConfig
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention import triton, work_queue
 from tests import deviceless
@@ -86,7 +86,7 @@ def test_a_decode_step_makes_its_queue_before_the_layers(layer, group):
 
 def test_a_mixed_step_leaves_the_layers_what_depends_on_their_query_heads(monkeypatch):
   _, planned = trace(FULL, group=4, num_tokens=16)
-  monkeypatch.setattr(plans, "make", lambda *_: ())
+  monkeypatch.setattr(attention_plans, "make", lambda *_: ())
   program, alone = trace(FULL, group=4, num_tokens=16)
   assert 0 < 2 * len(queue_work(planned)) < len(queue_work(alone))
   assert len(queue_work(alone)) == len(queue_work(program))
