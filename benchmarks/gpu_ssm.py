@@ -105,25 +105,26 @@ def make_batch(
     "cu_seqlens": starts,
   }
   arrays = {name: jnp.asarray(x, jnp.int32) for name, x in ids.items()}
-  keys = jax.random.split(jax.random.key(0), len(shapes))
-  for key, (name, shape) in zip(keys, shapes.items(), strict=True):
-    if name not in ids:
-      arrays[name] = _random(key, name, shape.shape, shape.dtype)
+  drawn = tuple((n, x.shape, x.dtype) for n, x in shapes.items() if n not in ids)
+  arrays |= _random(drawn)
   most = 1 if is_decode else None
   return Batch(spec=spec, operation=operation, arrays=arrays, max_query_len=most)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random(key: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _random(shapes: tuple[tuple[str, tuple[int, ...], Any], ...]) -> dict[str, Any]:
   """So that what a call yields may be the `x` of the next one, for any time."""
-  values = jax.random.normal(key, shape, jnp.float32)
-  if name == "dt":
-    values = 0.1 * jax.nn.softplus(values)
-  elif name == "a":
-    values = -jnp.exp(values)
-  elif name in ("c", "d", "weight"):
-    values = 0.1 * values
-  return values.astype(dtype)
+  arrays = {}
+  for seed, (name, shape, dtype) in enumerate(shapes):
+    values = jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.float32)
+    if name == "dt":
+      values = 0.1 * jax.nn.softplus(values)
+    elif name == "a":
+      values = -jnp.exp(values)
+    elif name in ("c", "d", "weight"):
+      values = 0.1 * values
+    arrays[name] = values.astype(dtype)
+  return arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

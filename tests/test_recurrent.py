@@ -1,5 +1,6 @@
 """Recurrences over a context: in one verb, and between reading and writing states."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import kvcache
 from kvcache import AttentionLayer, CacheConfig, recurrent, RecurrentLayer
+from tests.test_memory import compile_program
 
 C, W, H, P, G, N = 16, 4, 2, 4, 1, 4
 CONFIG = CacheConfig(
@@ -133,3 +135,16 @@ def test_misuse_is_refused(ctx):
   plain = kvcache.init(CacheConfig(layers=CONFIG.layers[:1], num_blocks=4, max_seqs=4))
   with pytest.raises(ValueError, match="the context has no recurrent layer"):
     recurrent.step_conv1d(plain, 0, *conv, metadata)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_copies_no_pool_of_states(form):
+  """Nor the states of one layer."""
+  config = dataclasses.replace(CONFIG, num_snapshots=1 << 14)
+  ctx = jax.eval_shape(functools.partial(kvcache.init, config))
+  run = functools.partial(in_one_verb.__wrapped__, form=form)
+  program = compile_program(run, ctx, jax.ShapeDtypeStruct((), jnp.int32))
+  leaves = range(len(jax.tree.leaves(ctx)))
+  assert [program.module.aliases.get(leaf) for leaf in leaves] == list(leaves)
+  elements = config.num_states * H * P * N
+  assert not [str(i) for i in program.module.rewrites(elements)]
