@@ -144,7 +144,7 @@ def split(axes: Sequence[str]) -> Split:
 def partition_specs(
   config: CacheConfig, *, mesh: Mesh | AbstractMesh | None = None
 ) -> Context:
-  """Returns a `Context` of `PartitionSpec`s.
+  """Returns a `Context` in which every array is a `PartitionSpec`.
 
   Keys, values and scales are split by kv heads; recurrent states by the first axis of
   each array (heads, or channels of a convolution); the rest is whole on every device.

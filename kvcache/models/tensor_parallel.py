@@ -29,12 +29,12 @@ def cut_llama(
 ) -> tuple[Partial, Any]:
   """Cuts a model into one part per device.
 
+  For the whole loop under `shard_map`, whose `check_vma` must be off:
+
       model, specs = cut_llama(model, config.head_axes)
       spread = sharding.partition_specs(config)
-      run = jax.shard_map(
-        kvcache.serve,
-        in_specs=(specs, spread, P()), out_specs=(spread, P()), check_vma=False
-      )
+      specs = dict(in_specs=(specs, spread, P()), out_specs=(spread, P()))
+      run = jax.shard_map(kvcache.serve, **specs, check_vma=False)
 
   Args:
     model: The whole model.
