@@ -394,6 +394,7 @@ def test_the_loop_of_a_hybrid_copies_no_states(compiler):
   # Of one layer; nothing else in the program is as large.
   elements = ctx.states.arrays["ssm"].size // HYBRID_CONFIG.num_recurrent_layers
   assert not [str(i) for i in module.rewrites(elements)]
+  assert not module.count("conditional")
   assert program.temp_bytes < 0.1 * HYBRID_CONFIG.num_bytes
   wanted = {"ssm_conv1d_step", "ssm_ssd_step", "ssm_ssd_chunks"}
   assert wanted <= {name.rstrip("_0123456789") for name in program.kernels}

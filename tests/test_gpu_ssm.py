@@ -50,7 +50,7 @@ def test_a_dry_run_checks_and_times():
 def test_a_wrong_result_is_bad(monkeypatch):
   monkeypatch.setattr(gpu_ssm, "OPERATIONS", ("conv1d",))
   monkeypatch.setattr(gpu_ssm, "_error", lambda got, want: float("nan"))
-  rows = list(gpu_ssm.check(dict, failed, interpret=True))
+  rows = list(gpu_ssm.check([gpu_ssm.TINY], dict, failed, interpret=True))
   assert rows and all(row["is_bad"] for row in rows)
 
 
