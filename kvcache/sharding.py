@@ -15,8 +15,8 @@ work with such a context:
 
 Heads are split over the longest leading part of the axes whose devices divide them, and
 repeated over the rest. So 16 query heads and 2 kv heads go on 8 devices with two axes
-of 2 and 4: each device has two query heads and the one kv head that they read, and the
-cache takes four times the memory of one device's, not eight.
+of 2 and 4: each device has two query heads and the one kv head that they read, which is
+half of what one device alone would hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -115,8 +115,9 @@ def test_xla_splits_the_loop_after_its_weights():
     program = jax.jit(serve, donate_argnums=1).lower(split, ctx, requests()).compile()
     sent = collectives(program)
     assert sent and max(i.num_elements for i in sent) < POOL // 3, list(map(str, sent))
-    module = hlo.read(program.as_text())
-    assert not [str(i) for i in module.rewrites(POOL) if POOL in i.sizes]
+    if jax.__version_info__ >= (0, 12):  # before, XLA:CPU copied around a shard_map
+      module = hlo.read(program.as_text())
+      assert not [str(i) for i in module.rewrites(POOL) if POOL in i.sizes]
     ctx, done = program(split, ctx, requests())
     specs = jax.tree.leaves(sharding.partition_specs(SPLIT))
   for x, spec in zip(jax.tree.leaves(ctx), specs, strict=True):
