@@ -11,6 +11,13 @@ Dimensions, in code and documentation alike:
     T  packed tokens of a step   K  key/value heads
     Q  requests                  H  query heads
     A  admissions in one call    D  head dimension
+    M  recurrent states          Dv  value head dimension
+    R  recurrent layers          V  vocabulary
+
+and where a docstring says nothing else
+
+    E  entries of a flat list    F  sequences of one call, such as forks
+    C  columns of an array       W  width: of a window, of a bucket, of a state
 
 Ids, lengths and counts are int32, hashes uint32. State comes first and is returned
 first; configuration is keyword-only. Users own `jax.jit`:

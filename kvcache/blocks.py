@@ -55,7 +55,7 @@ def init(num_blocks: int) -> BlockPool:
   """Makes a pool in which every block but the null block is free; low ids go first."""
   ids = jnp.arange(num_blocks, dtype=jnp.int32)
   return BlockPool(
-    free_list=jnp.where(ids < num_blocks - 1, num_blocks - 1 - ids, NULL_BLOCK),
+    free_list=num_blocks - 1 - ids,  # past the top stands NULL_BLOCK
     num_free=jnp.int32(num_blocks - 1),
     ref_counts=jnp.zeros(num_blocks, jnp.int32),
   )

@@ -39,7 +39,8 @@ class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
     namespace: `[N]` int32. Namespace of the prefix.
     num_children: `[N]` int32. Cached blocks whose parent it is.
     way_of: `[N]` int32. One plus its place in the flat table, 0 if not cached.
-    way_ids: `[B, W]` int32. The table's block ids, `NULL_BLOCK` for an empty way.
+    way_ids: `[B, W]` int32. The block ids of `B` buckets, `NULL_BLOCK` for an empty
+      way.
     way_tags: `[B, W]` uint32. Second lane of each block's hash.
     ring: Cached blocks that nobody holds, the next to be evicted first.
     salt: `[2]` uint32. Makes hashes of this context differ from those of others.

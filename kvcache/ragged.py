@@ -57,7 +57,7 @@ def first_come(need: Array, available: Array, *, order: Array | None = None):
   """Serves rows in order until one does not fit; later ones then wait too.
 
   Args:
-    need: `[S]` int32, non-negative. Or `[G, S]`, of several things.
+    need: `[S]` int32, non-negative. Or `[G, S]`, of `G` things.
     available: `[]` int32, or `[G]`.
     order: `[S]` int32 permutation: the row served first, second and so on. A row that
       it does not name gets nothing.

@@ -16,6 +16,7 @@ cache, which the first, unchanged run fills.
 
 import argparse
 import ast
+import collections
 from collections.abc import Iterator, Sequence
 import copy
 import dataclasses
@@ -31,11 +32,6 @@ import tomllib
 import traceback
 import warnings
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-
 # What every child needs, imported once. Nothing of ours: it may be the mutant.
 import chex  # noqa: F401
 import flax.nnx  # noqa: F401
@@ -48,6 +44,9 @@ EQUIVALENT = Path(__file__).with_name("mutate_equivalent.toml")
 CACHE = ROOT / ".cache" / "mutate"
 WALK = "tests/test_walks.py::test_walks_agree_with_the_oracle"
 VERBS = ("tests/test_context.py", "tests/test_lifecycle.py")
+XLA_FLAGS = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 # The tests of each module, the quickest first.
 TESTS: dict[str, tuple[str, ...]] = {
   "blocks": ("tests/test_blocks.py", *VERBS, f"{WALK}[tiny]"),
@@ -108,6 +107,9 @@ _NAMES = {
 }
 
 
+Key = tuple[str, str, str, str, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutant:
   """One change of one module.
@@ -119,6 +121,7 @@ class Mutant:
     function: What it is in.
     before: Source of what is changed.
     after: Source that stands there instead.
+    nth: How many of the same mutants come before it in the function.
   """
 
   module: str
@@ -127,11 +130,12 @@ class Mutant:
   function: str
   before: str
   after: str
+  nth: int
 
   @property
-  def key(self) -> tuple[str, str, str, str]:
+  def key(self) -> Key:
     """What names it in the list of equivalent ones, wherever the line has moved."""
-    return self.module, self.function, self.before, self.after
+    return self.module, self.function, self.before, self.after, self.nth
 
   def __str__(self) -> str:
     return (
@@ -209,12 +213,15 @@ def path_of(module: str) -> Path:
 def variants(module: str) -> Iterator[tuple[Mutant, ast.Module, ast.AST, ast.AST]]:
   """Every mutant of a module, and how to make it."""
   tree = ast.parse(path_of(module).read_text("utf-8"))
-  index = 0
+  index, seen = 0, collections.Counter()
   for function, node in places(tree):
     for new in replacements(node):
       before, after = ast.unparse(node), ast.unparse(new)
       line = getattr(node, "lineno", 0)
-      yield Mutant(module, index, line, function, before, after), tree, node, new
+      nth = seen[function, before, after]
+      mutant = Mutant(module, index, line, function, before, after, nth)
+      yield mutant, tree, node, new
+      seen[function, before, after] += 1
       index += 1
 
 
@@ -267,6 +274,8 @@ def run_tests(mutant: Mutant | None, tests: Sequence[str], log: Path) -> int:
   with log.open("w") as out:
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
+  jax.config.update("jax_platforms", "cpu")
+  os.environ["XLA_FLAGS"] = XLA_FLAGS  # read when JAX starts
   sys.path.insert(0, str(ROOT))
   os.chdir(ROOT)
   if mutant is not None:
@@ -325,12 +334,12 @@ def wait(jobs: dict[int, Job]) -> tuple[Job, str, float]:
     time.sleep(0.2)
 
 
-def known_equivalents() -> dict[tuple[str, str, str, str], str]:
+def known_equivalents() -> dict[Key, str]:
   if not EQUIVALENT.exists():
     return {}
   entries = tomllib.loads(EQUIVALENT.read_text("utf-8"))["mutant"]
   names = ("module", "function", "before", "after")
-  return {tuple(e[n] for n in names): e["reason"] for e in entries}
+  return {(*(e[n] for n in names), e.get("nth", 0)): e["reason"] for e in entries}
 
 
 def main() -> int:

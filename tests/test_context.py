@@ -171,6 +171,18 @@ def test_order_holds_for_the_budget_too(crowded):
   assert status == [OK, OK, NO_BLOCKS, Status.TOO_LONG]
 
 
+@pytest.mark.parametrize(
+  ("num_tokens", "refusal"), [(None, NO_BLOCKS), (T, Status.OVER_BUDGET)]
+)
+def test_an_order_that_names_a_row_twice_gives_no_block_twice(num_tokens, refusal):
+  ctx = small.start(small.empty(), [1, 2, 3, 4], [5, 6, 7, 8])
+  ctx = small.append(small.start(ctx, [9]), {2: [9, 9, 9]})
+  order = small.ints([1, 1, 0, 0])
+  after, status = extended(ctx, {0: 1, 1: 1, 2: 1}, num_tokens=num_tokens, order=order)
+  assert status == [OK, OK, refusal, OK]
+  small.check(after)
+
+
 # write_kv and commit
 
 

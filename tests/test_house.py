@@ -4,6 +4,7 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 import inspect
 from pathlib import Path
+import re
 import sys
 
 import pytest
@@ -180,6 +181,40 @@ def test_files_can_be_read_in_one_sitting():
 
 def test_files_are_named_after_a_noun():
   assert not [str(p) for p in python_files(*FOLDERS) if p.name in FORBIDDEN_NAMES]
+
+
+def docstrings(source: str) -> list[str]:
+  kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+  nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+  return [doc for node in nodes if (doc := ast.get_docstring(node))]
+
+
+def letters(shapes: str) -> set[str]:
+  """Dimensions in the code of a docstring: `[S, 3 N, Dv]` has S, N and Dv."""
+  code = " ".join(re.findall(r"`([^`]*)`", shapes))
+  inside = " ".join(re.findall(r"\[([^\[\]]*)\]", code))
+  return set(re.findall(r"(?<![\w.'\"])[A-Z][a-z]?(?![\w.'\"])", inside))
+
+
+GLOSSARY = set(re.findall(r"(?<!\S)([A-Z][a-z]?)  (?=[a-z])", kvcache.__doc__ or ""))
+
+
+def test_the_glossary_is_read():
+  assert set("SPTQANLKHD") <= GLOSSARY and "Dv" in GLOSSARY
+  assert letters("`[S, 3 N]` and `k [T, K, Dv]`, not [X] or `f(y[0])`") == {
+    *("S", "N", "T", "K", "Dv")
+  }
+
+
+def test_shapes_use_the_letters_of_the_glossary():
+  """Or letters that some docstring of the file introduces: `X`, alone in backticks."""
+  strangers = []
+  for path in MODULES.values():
+    docs = docstrings(path.read_text("utf-8"))
+    own = set(re.findall(r"`([A-Z][a-z]?)(?: = [^`]*)?`", " ".join(docs)))
+    used = set().union(*map(letters, docs))
+    strangers += [f"{path}: {letter}" for letter in sorted(used - GLOSSARY - own)]
+  assert not strangers
 
 
 def test_public_names_exist_once_and_are_documented():

@@ -94,3 +94,14 @@ def test_hold_and_read_change_no_value():
   assert [x.tolist() for x in ragged.hold(array, index)] == [[7, 8, 9], [2, 0]]
   values, after = ragged.read(array, index)
   assert values.tolist() == [9, 7] and after.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("available", range(8))
+def test_an_order_that_is_none_gives_away_no_more_than_there_is(available):
+  """Rows named twice count twice, rows not named get nothing."""
+  need = ints([1, 2, 0, 3])
+  for order in np.stack(np.meshgrid(*[range(-1, 5)] * 4), axis=-1).reshape(-1, 4)[::7]:
+    _, fits = first_come(need, jnp.int32(available), order=ints(order))
+    named = np.isin(np.arange(4), np.where(order < 0, order + 4, order))
+    assert np.sum(np.asarray(need)[np.asarray(fits)]) <= available
+    assert not np.asarray(fits)[~named & (np.asarray(need) > 0)].any()

@@ -103,3 +103,9 @@ def test_cleared_rows_are_as_at_first(table):
   for field in dataclasses.fields(table):
     new, old = (getattr(t, field.name)[3] for t in (after, table))
     np.testing.assert_array_equal(new, old, err_msg=field.name)
+
+
+def test_sizes_are_those_of_each_context_of_a_batch():
+  table = sequences.init(4, 6)
+  batch = jax.tree.map(lambda x: jnp.stack([x] * 3), table)
+  assert (batch.max_seqs, batch.max_blocks_per_seq) == (4, 6)
