@@ -18,6 +18,7 @@ from benchmarks import (
   gpu_attention,
   gpu_bookkeeping,
   gpu_serve,
+  gpu_ssm,
   gpu_table,
   gpu_torch,
 )
@@ -52,6 +53,7 @@ SECTIONS = (
   Section(name="decode", measure=gpu_attention.time_decode),
   Section(name="bookkeeping", measure=gpu_bookkeeping.time_steps),
   Section(name="prefill", measure=gpu_attention.time_prefill),
+  Section(name="states", measure=gpu_ssm.measure),
   Section(name="layout", measure=gpu_attention.time_layouts),
   Section(name="serve", measure=gpu_serve.time_serve, seconds=100.0),
   Section(

@@ -1,7 +1,6 @@
 """Recurrent states on a GPU: comparisons with XLA, and steps and prompts to be timed.
 
-What a row of the table is and how time is taken are the caller's: `measure` is handed
-both. A step over a pool is bound by reading and writing its states once each.
+A step over a pool is bound by reading and writing its states once each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_loop import call_seconds, Chain, num_turns
+from benchmarks.gpu_rows import failed, Row, Run
 from pallas_kernels import ssm
 from pallas_kernels.ssm.arg_specs import ARG_SPECS, ArgSpec, named
 
 IMPLEMENTATIONS = ("xla", "triton")
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Of the largest difference, against the root mean square of what is expected."""
-CACHE_BYTES = 256 << 20
-"""A round of calls goes over as much memory as no cache holds."""
-MAX_TURNS = 32
 OPERATIONS = ("ssd", "conv1d")
 TINY = ArgSpec(name="tiny", num_heads=2, head_dim=16, state_size=16)
 CHECKED = (1, 200, 0, 64, 1, 65, 2, 3)
@@ -132,29 +130,21 @@ def _random(shapes: tuple[tuple[str, tuple[int, ...], Any], ...]) -> dict[str, A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """Calls to be timed: `state = step(state, constants, turn)`, one for each turn.
+  """A chain of calls, each of which is handed the pool and the `x` of the one before.
 
   Attributes:
     section: Of the table.
     what: The shape.
-    by: Which implementation.
-    step: One call. The state is the pool, and the `x` of the next call.
-    state: Before the first call; may be donated.
-    constants: What all calls read.
-    turns: The layers whose states they update in turn, `[]` int32 each.
+    chain: The calls; in turn they update the states of one layer after another.
     work: Of one call, in gigabytes or teraflops.
-    estimate: Seconds of a call, roughly.
+    num_bytes: Of the states that a call reads and writes.
   """
 
   section: str
   what: str
-  by: str
-  step: Callable[[Any, Any, Any], Any]
-  state: Any
-  constants: Any
-  turns: tuple[Any, ...]
+  chain: Chain
   work: float
-  estimate: float
+  num_bytes: int
 
 
 def cases(*, interpret: bool = False) -> Iterator[Callable[[str], Case]]:
@@ -171,7 +161,7 @@ def _step_case(name: str, rows: int, operation: str, interpret: bool, by: str) -
   spec = TINY if interpret else named(name)
   per_state = spec.ssd_bytes if operation == "ssd" else spec.conv_bytes
   num_bytes = 2 * rows * per_state
-  num_layers = 1 if interpret else min(MAX_TURNS, -(-CACHE_BYTES // num_bytes))
+  num_layers = 1 if interpret else num_turns(num_bytes)
   batch = make_batch(
     spec, (1,) * rows, operation=operation, is_decode=True, num_layers=num_layers
   )
@@ -182,6 +172,7 @@ def _step_case(name: str, rows: int, operation: str, interpret: bool, by: str) -
     section=f"{operation} step",
     what=f"{name}, {rows} rows",
     work=num_bytes / 1e9,
+    num_bytes=num_bytes,
     estimate=max(num_bytes / 3e12, 3e-6),
   )
 
@@ -198,11 +189,14 @@ def _prompt_case(name: str, lens: tuple[int, ...], interpret: bool, by: str) -> 
     section="ssd prompt",
     what=f"{name}, {len(lens)} x {lens[0]} tokens",
     work=flops / 1e12,
+    num_bytes=2 * len(lens) * spec.ssd_bytes,
     estimate=flops / 50e12,
   )
 
 
-def _case(batch: Batch, by: str, interpret: bool, **facts: Any) -> Case:
+def _case(
+  batch: Batch, by: str, interpret: bool, *, estimate: float, **facts: Any
+) -> Case:
   run, constants = batch.run(by, interpret=interpret), dict(batch.arrays)
   state = (constants.pop("pool"), constants.pop("x"))
   last = int(constants.pop("layer"))
@@ -213,7 +207,10 @@ def _case(batch: Batch, by: str, interpret: bool, **facts: Any) -> Case:
     return pool, y
 
   turns = tuple(jnp.int32(layer) for layer in range(last + 1))
-  return Case(by=by, step=step, state=state, constants=constants, turns=turns, **facts)
+  chain = Chain(
+    step=step, state=state, constants=constants, turns=turns, estimate=estimate
+  )
+  return Case(chain=chain, **facts)
 
 
 def _options(batch: Batch) -> dict[str, Any]:
@@ -221,21 +218,8 @@ def _options(batch: Batch) -> dict[str, Any]:
   return {"chunk_size": 64} if batch.operation == "ssd" else {}
 
 
-def check(
-  specs: Sequence[ArgSpec],
-  row: Callable[..., Any],
-  failed: Callable[..., Any],
-  *,
-  interpret: bool = False,
-) -> Iterator[Any]:
-  """Compares every implementation with XLA in float32.
-
-  Args:
-    specs: The shapes.
-    row: Makes a row of the table from `section`, `what`, `by`, `error` and `is_bad`.
-    failed: Makes one from a section, a shape, an implementation and an exception.
-    interpret: Whether kernels are interpreted.
-  """
+def check(specs: Sequence[ArgSpec], *, interpret: bool = False) -> Iterator[Row]:
+  """Compares every implementation with XLA in float32."""
   forms = {
     "decode": ([min(n, 1) for n in CHECKED], {"is_decode": True}),
     "draft": (DRAFTS, {"num_entries": 4}),
@@ -250,7 +234,8 @@ def check(
         batch = make_batch(spec, lens, operation=operation, **options)
         more = _options(batch)
         exact = jax.jit(functools.partial(batch.run("xla", interpret=False), **more))
-        want = exact(**batch.in_float32())
+        with jax.default_matmul_precision("highest"):  # not in tensor-core halves
+          want = exact(**batch.in_float32())
         live = _live(lens, **options)
         limit = TOLERANCE[jnp.dtype(spec.dtype).name]
         for by in IMPLEMENTATIONS:
@@ -260,7 +245,7 @@ def check(
             error = max(_error(got[0][live], want[0][live]), _error(got[1], want[1]))
             # NaN is never below the limit.
             is_bad = not error < limit
-            yield row(section="check", what=what, by=by, error=error, is_bad=is_bad)
+            yield Row(section="check", what=what, by=by, error=error, is_bad=is_bad)
           except Exception as problem:
             yield failed("check", what, by, problem)
 
@@ -275,42 +260,28 @@ def _error(got: Any, want: Any) -> float:
   return float(gap / jnp.sqrt(jnp.mean(jnp.square(want))))
 
 
-def measure(
-  row: Callable[..., Any],
-  failed: Callable[..., Any],
-  seconds_of: Callable[[Case], float],
-  *,
-  share_of: Callable[[float], float | None],
-  interpret: bool = False,
-) -> Iterator[Any]:
-  """All rows.
-
-  Args:
-    row: As in `check`, also from `microseconds`, `rate` and `share`.
-    failed: As in `check`.
-    seconds_of: Measures one call of a case.
-    share_of: The share of the device's bandwidth that so many GB/s are.
-    interpret: Whether kernels are interpreted, at tiny sizes.
-  """
-  first = [TINY] if interpret else [named(name) for name in FIRST]
-  yield from check(first, row, failed, interpret=interpret)
-  for make in cases(interpret=interpret):
+def measure(run: Run) -> Iterator[Row]:
+  """All rows: two shapes are compared, then times taken, then the others compared."""
+  first = [TINY] if run.interpret else [named(name) for name in FIRST]
+  yield from check(first, interpret=run.interpret)
+  for make in cases(interpret=run.interpret):
     section = what = ""
     for by in IMPLEMENTATIONS:
       try:
         case = make(by)
         section, what = case.section, case.what
-        seconds = seconds_of(case)
+        seconds = call_seconds(case.chain, run.sizes.seconds)
         rate = case.work / seconds
-        yield row(
+        yield Row(
           section=section,
           what=what,
           by=by,
           microseconds=seconds * 1e6,
           rate=rate,
-          share=share_of(rate) if section.endswith("step") else None,
+          share=run.share_of("copy", rate) if section.endswith("step") else None,
+          num_bytes=case.num_bytes,
         )
       except Exception as problem:
         yield failed(section or "ssm", what, by, problem)
-  if not interpret:
-    yield from check([s for s in ARG_SPECS if s.name not in FIRST], row, failed)
+  if not run.interpret:
+    yield from check([spec for spec in ARG_SPECS if spec.name not in FIRST])

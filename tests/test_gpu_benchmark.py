@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_attention, gpu_layout, gpu_sizes, gpu_table
+from benchmarks import (
+  gpu,
+  gpu_attention,
+  gpu_layout,
+  gpu_sizes,
+  gpu_ssm,
+  gpu_table,
+)
 from benchmarks.gpu_batch import make_batch
 from benchmarks.gpu_loop import call_seconds, Chain, num_turns
 from benchmarks.gpu_rows import Row, Run, Section
@@ -36,14 +43,20 @@ def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
     ("bookkeeping", "serve, no model, loops recorded"),
     ("bookkeeping", "extend, metadata, commit"),
     ("prefill", "triton"),
+    *[("check", by) for by in gpu_ssm.IMPLEMENTATIONS * 5],
+    *[("ssd step", by) for by in gpu_ssm.IMPLEMENTATIONS],
+    *[("conv1d step", by) for by in gpu_ssm.IMPLEMENTATIONS],
+    *[("ssd prompt", by) for by in gpu_ssm.IMPLEMENTATIONS],
     *[("layout", by) for by in ("triton", gpu_layout.NHD)],
     ("serve", "no model"),
     *[("serve", "triton, scanned layers")] * 2,
     ("decode", "PyTorch"),
   ]
   unmeasured = [row for row in rows if row["microseconds"] is None]
-  assert all(row["error"] < 0.04 for row in unmeasured[:2])
-  assert "recorded on a GPU alone" in unmeasured[2]["error"]
+  checks = [row for row in unmeasured if row["section"] == "check"]
+  assert len(checks) == 12 and all(row["error"] < 0.05 for row in checks)
+  (other,) = (row for row in unmeasured if row["by"].endswith("loops recorded"))
+  assert "recorded on a GPU alone" in other["error"]
   assert table.count("\n| ") == len(rows) + 2 + len(data["targets"]) + 2
   assert "wrote" in capsys.readouterr().out
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_ssm
+from benchmarks import gpu_sizes, gpu_ssm
+from benchmarks.gpu_rows import Run
 from tests import deviceless
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,51 +21,50 @@ def little(monkeypatch):
   monkeypatch.setattr(gpu_ssm, "DRAFTS", (4, 1, 0, 2))
 
 
-def failed(section, what, by, problem, **_):
-  return {"section": section, "what": what, "by": by, "problem": problem}
+RUN = Run(sizes=gpu_sizes.TINY, interpret=True)
 
 
-def seconds_of(case):
+def one_millisecond(chain, seconds):
   """Every call hands on what the next one takes."""
-  after = jax.eval_shape(case.step, case.state, case.constants, case.turns[0])
-  before = jax.eval_shape(lambda: case.state)
+  del seconds
+  after = jax.eval_shape(chain.step, chain.state, chain.constants, chain.turns[0])
+  before = jax.eval_shape(lambda: chain.state)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
     lambda x: (x.shape, x.dtype), before
   )
   return 1e-3
 
 
-def test_a_dry_run_checks_and_times():
-  rows = list(
-    gpu_ssm.measure(dict, failed, seconds_of, share_of=lambda x: x, interpret=True)
-  )
-  assert not [row for row in rows if "problem" in row]
+def test_a_dry_run_checks_and_times(monkeypatch):
+  monkeypatch.setattr(gpu_ssm, "call_seconds", one_millisecond)
+  rows = list(gpu_ssm.measure(RUN))
   checks, times = rows[:5], rows[5:]
-  assert {row["section"] for row in checks} == {"check"}
-  assert all(0 < row["error"] < 0.05 and not row["is_bad"] for row in checks)
-  assert [row["section"] for row in times] == ["ssd step", "conv1d step", "ssd prompt"]
-  moved = 2 * 2 * gpu_ssm.TINY.ssd_bytes
-  assert times[0]["rate"] == times[0]["share"] == pytest.approx(moved / 1e6)
+  assert {row.section for row in checks} == {"check"}
+  assert all(0 < row.error < 0.05 and not row.is_bad for row in checks)
+  assert [row.section for row in times] == ["ssd step", "conv1d step", "ssd prompt"]
+  assert times[0].num_bytes == 2 * 2 * gpu_ssm.TINY.ssd_bytes
+  assert times[0].rate == pytest.approx(times[0].num_bytes / 1e6)
 
 
 def test_a_wrong_result_is_bad(monkeypatch):
   monkeypatch.setattr(gpu_ssm, "OPERATIONS", ("conv1d",))
   monkeypatch.setattr(gpu_ssm, "_error", lambda got, want: float("nan"))
-  rows = list(gpu_ssm.check([gpu_ssm.TINY], dict, failed, interpret=True))
-  assert rows and all(row["is_bad"] for row in rows)
+  rows = list(gpu_ssm.check([gpu_ssm.TINY], interpret=True))
+  assert rows and all(row.is_bad for row in rows)
 
 
 def test_a_failure_is_a_row(monkeypatch):
   monkeypatch.setattr(gpu_ssm, "check", lambda *args, **kwargs: iter(()))
 
-  def fail(case):
-    raise KeyError(case.what)
+  def fail(chain, seconds):
+    raise KeyError(seconds)
 
-  rows = list(gpu_ssm.measure(dict, failed, fail, share_of=lambda x: x, interpret=True))
-  assert [row["what"] for row in rows] == [
+  monkeypatch.setattr(gpu_ssm, "call_seconds", fail)
+  rows = list(gpu_ssm.measure(RUN))
+  assert [row.what for row in rows] == [
     *("tiny, 2 rows", "tiny, 2 rows", "tiny, 1 x 40 tokens")
   ]
-  assert all(isinstance(row["problem"], KeyError) for row in rows)
+  assert all(row.is_bad and row.error.startswith("KeyError") for row in rows)
 
 
 @pytest.mark.parametrize("operation", gpu_ssm.OPERATIONS)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import (
-  mosaic_decode_sm90,
   mosaic_prefill_sm90,
   mosaic_ring,
   mosaic_sm90,
   paged_attention,
   reference,
+  tuning,
 )
 from pallas_kernels.paged_attention.arg_specs import named
 from tests import deviceless
@@ -37,13 +37,12 @@ K = 2
 
 @pytest.fixture(autouse=True)
 def fresh_interpreter(monkeypatch):
-  monkeypatch.setattr(mosaic_decode_sm90, "NUM_PROGRAMS", 3)
   monkeypatch.setattr(mosaic_prefill_sm90, "NUM_PROGRAMS", 3)
-  monkeypatch.setattr(mosaic_sm90, "_MIN_SPLIT", 128)
   monkeypatch.setattr(
     mosaic_ring, "product", functools.partial(seen, mosaic_ring.product)
   )
-  yield
+  with tuning.trying("mosaic split", {"num_programs": 3, "min_split": 128}):
+    yield
   interpreter.gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
