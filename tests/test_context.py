@@ -63,6 +63,13 @@ def test_the_salt_may_be_traced():
   assert_same(one, eager)
 
 
+def test_each_lane_of_a_hash_has_a_salt_of_its_own():
+  salts = [kvcache.init(small.CONFIG, salt=i).prefix.salt.tolist() for i in range(4)]
+  assert all(first != second for first, second in salts)
+  assert all(len(set(lane)) == 4 for lane in zip(*salts, strict=True))
+  assert small.empty().prefix.salt.tolist() == salts[0]
+
+
 # extend
 
 

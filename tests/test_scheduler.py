@@ -67,6 +67,8 @@ def run(ctx, requests, num_steps, scheduler=BUDGET):
     ctx, requests, plan, status, seq_ids = step(ctx, requests, scheduler)
     assert not np.any(status), "there is room for what is planned"
     query_lens, rows = np.asarray(plan.query_lens), np.asarray(seq_ids)
+    is_running = np.asarray(requests.status) == RequestStatus.RUNNING
+    assert (rows[~is_running] == -1).all() and (rows[is_running] >= 0).all()
     plans.append({i: int(query_lens[row]) for i, row in enumerate(rows) if row >= 0})
     assert query_lens.sum() == sum(plans[-1].values()) <= scheduler.token_budget
   return ctx, requests, plans
