@@ -120,13 +120,14 @@ def plot_history(history: History, *, figure: "Figure | None" = None) -> "Figure
   rate.set_ylim(-4, 104)
   tokens.step(step, series["tokens_per_step"], where="pre", color=shared)
   preempted = series["new_preemptions"] > 0
-  tokens.plot(
-    step[preempted],
-    series["tokens_per_step"][preempted],
-    "v",
-    color=LOOKS[Kind.LOST].color,
-    label="preemption",
-  )
+  if preempted.any():
+    tokens.plot(
+      step[preempted],
+      series["tokens_per_step"][preempted],
+      "v",
+      color=LOOKS[Kind.LOST].color,
+      label="preemption",
+    )
   for axis, label in (
     (blocks, "blocks"),
     (requests, "requests"),
@@ -151,7 +152,11 @@ def _new_figure(size: tuple[float, float]) -> "Figure":
     raise ImportError(
       "pictures need matplotlib: pip install 'kvcache-jax[plots]'"
     ) from error
-  return plt.figure(figsize=size, layout="constrained")
+  figure = plt.figure(figsize=size, layout="constrained")
+  if "inline" in plt.get_backend():
+    # A notebook shows what a cell returns, and once more every figure that is open.
+    plt.close(figure)
+  return figure
 
 
 def _grid(pool: PoolMap) -> tuple[np.ndarray, int]:
