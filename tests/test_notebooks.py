@@ -77,7 +77,7 @@ def test_nothing_of_the_machine_is_in_it(path):
   assert notebook.metadata.kernelspec.name == "python3"
   assert not [cell.id for cell in notebook.cells if cell.metadata]
   text = path.read_text("utf-8")
-  assert not [place for place in ("/home/", "/tmp/", "/work/", "C:\\") if place in text]
+  assert not [place for place in ("/home/", "/Users/", str(ROOT)) if place in text]
 
 
 @pytest.fixture
