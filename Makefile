@@ -77,7 +77,7 @@ aot: setup ## Compile kernels and loops for an H100, without one, in .venv-aot
 	PYTHON="$(PYTHON)" NO_DEPS="$(call AOT_WHEELS,$$version)" \
 	  scripts/venv.sh .venv-aot -e '.[test]' jaxlib==$$version
 	@echo "==> compiling for an H100 (about 4 minutes)"
-	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/test_aot.py tests/test_aot_benchmark.py $(ARGS)
+	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/test_aot*.py $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment
 	@echo "==> wheel (about a minute)"

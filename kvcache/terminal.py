@@ -18,8 +18,11 @@ from kvcache.observe.palette import Kind, LOOKS
 from kvcache.observe.text import counts
 
 _RESET, _ERASE = "\x1b[0m", "\r\x1b[K"
-_COLORS = {kind.name.lower(): f"\x1b[38;5;{look.ansi}m" for kind, look in LOOKS.items()}
-_COLORS |= {"used": _COLORS["exclusive"], "free": "\x1b[2m"}
+_COLORS = {
+  **{kind.name.lower(): f"\x1b[38;5;{look.ansi}m" for kind, look in LOOKS.items()},
+  "used": f"\x1b[38;5;{LOOKS[Kind.EXCLUSIVE].ansi}m",
+  "free": "\x1b[2m",
+}
 _GLYPHS = {"used": "█", "cached": "▒", "free": "·"}
 _ASCII_GLYPHS = {"used": "#", "cached": "+", "free": "."}
 _GRAPH_WIDTH = 16

@@ -51,3 +51,15 @@ def _forget_programs():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+  """Compiles for a GPU without one; only `make aot` has what that needs."""
+  from tests.deviceless import Compiler
+
+  # A program from the cache would not be assembled, and say nothing.
+  was_on = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield Compiler(tmp_path_factory.mktemp("aot"))
+  jax.config.update("jax_enable_compilation_cache", was_on)

@@ -21,7 +21,6 @@ from benchmarks.gpu_batch import make_batch, run_attention
 from benchmarks.gpu_rows import Run
 from pallas_kernels.paged_attention.arg_specs import named
 from tests import hlo
-from tests.deviceless import Compiler
 
 pytestmark = [
   pytest.mark.aot,
@@ -32,15 +31,6 @@ pytestmark = [
 ROUNDS = 500
 FULL = Run(sizes=gpu_sizes.FULL, interpret=False)
 MEMORY = 0.75 * 79.6 * 2**30  # what jax takes of an H100's
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-  # A program from the cache would not be assembled, and say nothing.
-  was_on = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield Compiler(tmp_path_factory.mktemp("aot"))
-  jax.config.update("jax_enable_compilation_cache", was_on)
 
 
 def compiled(compiler, chain):

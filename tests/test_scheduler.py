@@ -360,6 +360,27 @@ def test_the_latest_are_preempted_and_restart_from_their_cached_prefix():
   assert not np.any(requests.num_cached)  # when first admitted
 
 
+def test_prompts_among_themselves_give_way_only_to_the_first():
+  # 8 blocks of 4, 7 of them full: the first can go on, the three others cannot.
+  prompts = [prompt_of(20, seed) for seed in range(4)]
+  requests = make(prompts, 1, num=4, width=40)
+  tokens = jnp.array(prompts)
+  ctx, admission = jax.jit(kvcache.admit)(toy.fresh(TIGHT), tokens, requests.lengths)
+  requests = requests.replace(
+    status=jnp.full_like(requests.status, int(RequestStatus.RUNNING)),
+    seq_ids=admission.seq_ids,
+  )
+  lens = jnp.array([8, 8, 8, 4])
+  ctx, status = kvcache.extend(ctx, lens, num_tokens=28)
+  metadata = kvcache.step_metadata(ctx, lens, num_tokens=28)
+  ctx = kvcache.commit(ctx, tokens[metadata.seq_ids, metadata.positions], metadata)
+  assert not np.any(status) and ctx.pool.num_free == 1
+  schedule = jax.jit(sch.schedule, static_argnums=2)
+  _, requests, plan = schedule(ctx, requests, FRUGAL)
+  assert not np.any(requests.num_preemptions)
+  assert plan.query_lens.tolist() == [4, 0, 0, 0]
+
+
 def test_low_priority_is_preempted_first():
   prompts = [prompt_of(5, seed) for seed in range(4)]
   requests = make(prompts, 6, num=4, width=40, priority=[-1, 0, 2, 1])

@@ -29,7 +29,7 @@ def cut_llama(
 ) -> tuple[Partial, Any]:
   """Cuts a model into one part per device.
 
-  For the whole loop under `shard_map`, whose `check_vma` must be off:
+  For the whole loop under `shard_map`, whose `check_vma` must be off::
 
       model, specs = cut_llama(model, config.head_axes)
       spread = sharding.partition_specs(config)

@@ -16,7 +16,7 @@ _BY_HEAD = {"k_up", "v_up"}
 
 def weight_specs(
   module: nnx.Module, axes: Sequence[str], *, mesh: Mesh | AbstractMesh | None = None
-) -> nnx.State:
+) -> nnx.State[Any, Any]:
   """Returns a `PartitionSpec` for each array of a module made of this package's layers.
 
   Projections into a layer are split by their outputs and those out of it by their

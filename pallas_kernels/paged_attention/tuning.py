@@ -8,7 +8,7 @@ Settings decide in which order sums are taken, so they depend on static shapes a
 the kind of device alone: never on what is in a batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -75,7 +75,7 @@ def settle(kernel: str, k: Array, v: Array | None, default: Settings) -> Setting
 
 
 @contextlib.contextmanager
-def trying(kernel: str, changes: Mapping[str, int]) -> Iterator[None]:
+def trying(kernel: str, changes: Mapping[str, int]) -> Generator[None]:
   """Within, a kernel that is traced is set up by its rules but for some fields."""
   token = _trial.set((kernel, changes))
   try:
