@@ -88,3 +88,19 @@ def test_colours_can_be_told_apart():
       seen = [np.dot([0.3, 0.7, 0.0], list(c)) for c in (one, other)]
       blue = abs(one[2] - other[2])
       assert abs(seen[0] - seen[1]) + blue > 30, (one.hex(), other.hex())
+
+
+@pytest.mark.parametrize(
+  ("backend", "num_open"),
+  [("module://matplotlib_inline.backend_inline", 0), ("agg", 1)],
+)
+def test_a_notebook_shows_a_picture_once(monkeypatch, backend, num_open):
+  monkeypatch.setattr(plt, "get_backend", lambda: backend)
+  assert kvcache.plot_blocks(made_up(40)).axes
+  assert len(plt.get_fignums()) == num_open
+
+
+def test_tokens_are_counted_in_whole_numbers():
+  figure = kvcache.plot_blocks(made_up(40, max_seqs=2, num_columns=5))
+  ticks = figure.axes[-1].get_xticks()
+  assert len(ticks) > 2 and (ticks == np.round(ticks)).all()

@@ -218,7 +218,7 @@ def _plot_rows(axis: "Axes", found: BlockMap) -> None:
       axis.axvline(column * size, color=_NULL_COLOR, linewidth=0.6)
   if len(rows) <= 32:
     axis.set_yticks(range(len(rows)), [f"row {row}" for row in rows], fontsize=8)
-  axis.xaxis.get_major_locator().set_params(integer=True)
+  axis.locator_params(axis="x", integer=True)
   axis.tick_params(length=0, labelsize=8)
   axis.set_title("sequences, by token; a line where each ends", loc="left", fontsize=9)
 
