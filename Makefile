@@ -76,7 +76,7 @@ aot: setup ## Compile kernels and loops for an H100, without one, in .venv-aot
 	@version=$$($(BIN)/python -c 'import jaxlib.version as v; print(v.__version__)'); \
 	PYTHON="$(PYTHON)" NO_DEPS="$(call AOT_WHEELS,$$version)" \
 	  scripts/venv.sh .venv-aot -e '.[test]' jaxlib==$$version
-	@echo "==> compiling for an H100 (about 4 minutes)"
+	@echo "==> compiling for an H100 (about 10 minutes)"
 	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/test_aot*.py $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment

@@ -262,7 +262,8 @@ def make_requests(
     row[: len(stop)] = _token_ids("stop_tokens", stop)
 
   def full(value: int) -> Array:
-    return jnp.full(num, value, jnp.int32)
+    # Of enums `jnp.full` would make a weak type, and a loop one that is not.
+    return jnp.asarray(np.full(num, value, np.int32))
 
   return Requests(
     tokens=jnp.asarray(tokens),

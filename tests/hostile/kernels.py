@@ -47,8 +47,8 @@ def convolution(x=(4, 3), weight=(3, 4), state=(2, 3, 3), **options):
 def on_hopper(block_size):
   k = jax.ShapeDtypeStruct((6, 1, block_size, 64), jnp.bfloat16)
   q = jax.ShapeDtypeStruct((2, 2, 64), jnp.bfloat16)
-  options = {"max_query_len": 1, "is_causal": True, "k_scale": None}
-  return mosaic_sm90.why_not(q, k, k, **options)
+  options = {"sm_scale": 0.125, "max_query_len": 1, "is_causal": True}
+  return mosaic_sm90.why_not(q, k, k, k_scale=None, v_head_dim=64, **options)
 
 
 row = area("Kernels")

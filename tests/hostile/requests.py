@@ -71,10 +71,11 @@ def model_of(shape, dtype=jnp.float32):
 def no_steps():
   requests = make([[9], *GOOD], max_new_tokens=NEVER, capacity=17)
   model = jax.tree_util.Partial(toy.model)
-  ctx, after, _ = generation._serve_slice(
+  ctx, after, *_ = generation._serve_slice(
     model,
     jax.tree.map(jnp.copy, fresh()),
     requests,
+    None,
     None,
     None,
     jnp.int32(-1),
