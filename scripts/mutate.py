@@ -56,6 +56,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     *VERBS,
     "tests/test_observe.py",
     "tests/test_arguments.py",
+    "tests/test_config.py",
     "tests/test_hostile.py",
     "tests/test_groups.py",
     "tests/test_hybrid.py",

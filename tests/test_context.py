@@ -55,6 +55,12 @@ def test_an_empty_context_has_everything_free():
   assert not any(leaf.any() for leaf in jax.tree.leaves((ctx.kv, ctx.counters)))
 
 
+def test_bytes_are_those_of_the_arrays():
+  sizes = [leaf.nbytes for leaf in jax.tree.leaves(small.empty())]
+  kept = small.CONFIG.num_bytes
+  assert kvcache.bookkeeping_bytes(small.CONFIG) + kept == sum(sizes)
+
+
 def test_the_salt_may_be_traced():
   make = jax.jit(lambda salt: kvcache.init(small.CONFIG, salt=salt))
   one, two, other = make(1), make(2), make(jnp.uint32(2**32 - 1))

@@ -195,6 +195,13 @@ def test_shortest_first_orders_by_tokens_still_to_sample():
   assert order.min() >= 0 and order.max() < 2**31 - 1
 
 
+def test_rows_follow_the_order_of_their_requests_and_the_others_come_last():
+  batch = types.SimpleNamespace(request_ids=jnp.array([2, 0, 3, 1]))
+  mask = jnp.array([True, True, False, True])
+  rows = sch._row_order(jnp.array([5, 3, 9]), batch, mask)
+  assert rows.tolist() == [3, 1, 0, 2]
+
+
 def test_a_policy_of_ones_own_is_followed():
   requests = make([prompt_of(60, seed) for seed in range(3)])
   assert planned(toy.fresh(ROOMY), requests, CONTRARY) == {2: 60, 1: 4, 0: 0}
