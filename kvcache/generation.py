@@ -135,7 +135,8 @@ def generate(
       same bits: a process that dies loses one slice of work at most.
     history: Samples to keep of how memory and requests were doing; `Slice.history` has
       them. It begins anew when work goes on from a checkpoint.
-    progress: Whether to show a line of progress on stderr, if that is a terminal.
+    progress: Whether to show a line of progress on stderr, if that is a terminal or a
+      notebook's.
 
   Returns:
     The context after, and one completion per prompt, in order.

@@ -68,7 +68,9 @@ class Style:
 
 
 def is_terminal(stream: TextIO) -> bool:
-  """Whether a person looks at the stream as it is written."""
+  """Whether a person looks at the stream as it is written, a notebook's included."""
+  if type(stream).__module__.startswith("ipykernel."):
+    return True
   return hasattr(stream, "isatty") and stream.isatty()
 
 
@@ -191,22 +193,26 @@ class ProgressLine:
     self.stream = stream
     self.style = Style.of(stream)
     self.enabled = enabled and is_terminal(stream)
-    self._is_shown = False
+    self._width = 0
 
   def show(self, text: str) -> None:
     """Replaces the line."""
     if self.enabled:
       width = max(1, shutil.get_terminal_size().columns - 1)
-      self.stream.write(_ERASE + text[:width])
-      self.stream.flush()
-      self._is_shown = True
+      self._write(text[:width])
+      self._width = len(text[:width])
 
   def clear(self) -> None:
     """Removes the line, so that something else can be written."""
-    if self._is_shown:
-      self.stream.write(_ERASE)
-      self.stream.flush()
-      self._is_shown = False
+    if self._width:
+      self._write("")
+      self._width = 0
+
+  def _write(self, text: str) -> None:
+    # Notebooks know `\r`, but not how to erase: blanks do it there.
+    blanks = " " * (self._width - len(text))
+    self.stream.write(f"{_ERASE}{text}{blanks}" + ("" if text else "\r"))
+    self.stream.flush()
 
 
 class RunProgress:

@@ -204,7 +204,8 @@ def test_the_parts_of_the_loop_have_names():
 # --- generate -------------------------------------------------------------------------
 
 
-def test_generate_hands_out_the_history_and_the_context():
+def test_generate_hands_out_the_history_and_the_context(monkeypatch, capsys):
+  monkeypatch.setattr("kvcache.terminal.is_terminal", lambda stream: True)
   parts, maps = [], []
 
   def look(part):
@@ -221,7 +222,10 @@ def test_generate_hands_out_the_history_and_the_context():
     slice_steps=40,
     on_slice=look,
     history=64,
+    progress=True,
   )
+  shown = capsys.readouterr().err
+  assert f"{len(PROMPTS)}/{len(PROMPTS)} finished" in shown and "tokens/s" in shown
   steps = [part.history.series()["step"] for part in parts]
   assert len(parts) > 1 and len(steps[-1]) > len(steps[0])
   np.testing.assert_array_equal(steps[-1][: len(steps[0])], steps[0])

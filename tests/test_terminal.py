@@ -74,7 +74,7 @@ def test_progress_is_one_line_on_a_terminal_only(monkeypatch):
   line.show("0123456789abc")
   line.clear()
   line.clear()
-  assert screen.getvalue() == "\r\x1b[K012345678\r\x1b[K"
+  assert screen.getvalue() == "\r\x1b[K012345678\r\x1b[K         \r"
   for silent in (
     ProgressLine(io.StringIO()),
     ProgressLine(Screen(), enabled=False),
@@ -82,3 +82,18 @@ def test_progress_is_one_line_on_a_terminal_only(monkeypatch):
     silent.show("x")
     silent.clear()
     assert silent.stream.getvalue() == ""
+
+
+def test_a_shorter_line_leaves_nothing_of_a_longer_one():
+  screen = Screen()
+  line = ProgressLine(screen)
+  line.show("0123")
+  line.show("ab")
+  assert screen.getvalue().endswith("ab  ")
+
+
+def test_a_notebook_is_looked_at():
+  stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+  line = ProgressLine(stream)
+  line.show("half of it")
+  assert "half of it" in stream.getvalue()
