@@ -24,7 +24,8 @@ import numpy as np
 
 from benchmarks import gpu_loop
 from benchmarks.gpu_batch import Arrays, Batch, make_batch, run_attention
-from pallas_kernels.paged_attention import device, tuning
+from pallas_kernels import device
+from pallas_kernels.paged_attention import tuning
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec, named
 
 LEAST_GAIN = 0.02

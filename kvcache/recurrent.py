@@ -17,6 +17,7 @@ states returned are `[S, num_logits, ...]`: entry `i` stands after the row's tok
 or after its last one.
 """
 
+from collections.abc import Callable
 import functools
 
 from jax import Array
@@ -64,41 +65,25 @@ def step_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-
-  def run(
-    x: Array,
-    weight: Array,
-    pool: Array,
-    bias: Array | None,
-    layer: Array,
-    read_ids: Array,
-    write_ids: Array,
-    cu_seqlens: Array,
-  ) -> tuple[Array, Array]:
-    return ssm.step_conv1d(
-      x,
-      weight,
-      pool,
-      layer,
-      read_ids,
-      write_ids,
-      cu_seqlens,
-      bias=bias,
-      max_query_len=1 if metadata.is_decode else None,
-      implementation=implementation,
-    )
-
   split = sharding.split(metadata.head_axes)
   at = functools.partial(split.spec, x.shape[1])
-  specs = (at(axis=1), at(axis=0), at(axis=2), at(axis=0), P(), P(), P(), P())
-  y, pool = split.over(run, in_specs=specs, out_specs=(at(axis=1), at(axis=2)))(
-    x,
-    weight,
-    _pool(ctx, name),
-    bias,
-    jnp.asarray(layer, jnp.int32),
-    *state_ids(ctx, metadata),
-    metadata.cu_seqlens,
+  read_ids, write_ids = state_ids(ctx, metadata)
+  y, pool = _over(
+    split,
+    functools.partial(
+      ssm.step_conv1d,
+      max_query_len=1 if metadata.is_decode else None,
+      implementation=implementation,
+    ),
+    out_specs=(at(axis=1), at(axis=2)),
+    x=(x, at(axis=1)),
+    weight=(weight, at(axis=0)),
+    bias=(bias, at(axis=0)),
+    pool=(_pool(ctx, name), at(axis=2)),
+    layer=(jnp.asarray(layer, jnp.int32), P()),
+    read_ids=(read_ids, P()),
+    write_ids=(write_ids, P()),
+    cu_seqlens=(metadata.cu_seqlens, P()),
   )
   return _with_pool(ctx, name, pool), y
 
@@ -141,53 +126,30 @@ def step_ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-
-  def run(
-    x: Array,
-    dt: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    pool: Array,
-    d: Array | None,
-    layer: Array,
-    read_ids: Array,
-    write_ids: Array,
-    cu_seqlens: Array,
-  ) -> tuple[Array, Array]:
-    return ssm.step_ssd(
-      x,
-      dt,
-      a,
-      b,
-      c,
-      pool,
-      layer,
-      read_ids,
-      write_ids,
-      cu_seqlens,
-      d=d,
-      max_query_len=1 if metadata.is_decode else None,
-      implementation=implementation,
-    )
-
   split = sharding.split(metadata.head_axes)
   b, c = _spread(split, x.shape[1], b, c)
   at = functools.partial(split.spec, x.shape[1])
   groups = split.spec(b.shape[1], axis=1)
-  tokens, heads, pools = at(axis=1), at(axis=0), at(axis=2)
-  specs = (tokens, tokens, heads, groups, groups, pools, heads, P(), P(), P(), P())
-  y, pool = split.over(run, in_specs=specs, out_specs=(tokens, pools))(
-    x,
-    dt,
-    a,
-    b,
-    c,
-    _pool(ctx, name),
-    d,
-    jnp.asarray(layer, jnp.int32),
-    *state_ids(ctx, metadata),
-    metadata.cu_seqlens,
+  read_ids, write_ids = state_ids(ctx, metadata)
+  y, pool = _over(
+    split,
+    functools.partial(
+      ssm.step_ssd,
+      max_query_len=1 if metadata.is_decode else None,
+      implementation=implementation,
+    ),
+    out_specs=(at(axis=1), at(axis=2)),
+    x=(x, at(axis=1)),
+    dt=(dt, at(axis=1)),
+    a=(a, at(axis=0)),
+    b=(b, groups),
+    c=(c, groups),
+    d=(d, at(axis=0)),
+    pool=(_pool(ctx, name), at(axis=2)),
+    layer=(jnp.asarray(layer, jnp.int32), P()),
+    read_ids=(read_ids, P()),
+    write_ids=(write_ids, P()),
+    cu_seqlens=(metadata.cu_seqlens, P()),
   )
   return _with_pool(ctx, name, pool), y
 
@@ -221,27 +183,22 @@ def causal_conv1d(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-
-  def run(
-    x: Array, weight: Array, state: Array, bias: Array | None, cu_seqlens: Array
-  ) -> tuple[Array, Array]:
-    return ssm.causal_conv1d(
-      x,
-      weight,
-      state,
-      cu_seqlens,
-      bias=bias,
+  split = sharding.split(metadata.head_axes)
+  at = functools.partial(split.spec, x.shape[1])
+  return _over(
+    split,
+    functools.partial(
+      ssm.causal_conv1d,
       max_query_len=1 if metadata.is_decode else None,
       num_states=_num_states(metadata),
       implementation=implementation,
-    )
-
-  split = sharding.split(metadata.head_axes)
-  at = functools.partial(split.spec, x.shape[1])
-  specs = (at(axis=1), at(axis=0), at(axis=1), at(axis=0), P())
-  out_specs = (at(axis=1), at(axis=2 if _num_states(metadata) else 1))
-  return split.over(run, in_specs=specs, out_specs=out_specs)(
-    x, weight, state, bias, metadata.cu_seqlens
+    ),
+    out_specs=(at(axis=1), at(axis=2 if _num_states(metadata) else 1)),
+    x=(x, at(axis=1)),
+    weight=(weight, at(axis=0)),
+    bias=(bias, at(axis=0)),
+    state=(state, at(axis=1)),
+    cu_seqlens=(metadata.cu_seqlens, P()),
   )
 
 
@@ -280,41 +237,44 @@ def ssd(
     NotImplementedError: The named implementation cannot serve.
   """
   _check_tokens(x, metadata)
-
-  def run(
-    x: Array,
-    dt: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    state: Array,
-    d: Array | None,
-    cu_seqlens: Array,
-  ) -> tuple[Array, Array]:
-    return ssm.ssd(
-      x,
-      dt,
-      a,
-      b,
-      c,
-      state,
-      cu_seqlens,
-      d=d,
-      max_query_len=1 if metadata.is_decode else None,
-      num_states=_num_states(metadata),
-      implementation=implementation,
-    )
-
   split = sharding.split(metadata.head_axes)
   b, c = _spread(split, x.shape[1], b, c)
   at = functools.partial(split.spec, x.shape[1])
   groups = split.spec(b.shape[1], axis=1)
-  tokens, heads = at(axis=1), at(axis=0)
-  specs = (tokens, tokens, heads, groups, groups, tokens, heads, P())
-  out_specs = (tokens, at(axis=2 if _num_states(metadata) else 1))
-  return split.over(run, in_specs=specs, out_specs=out_specs)(
-    x, dt, a, b, c, state, d, metadata.cu_seqlens
+  return _over(
+    split,
+    functools.partial(
+      ssm.ssd,
+      max_query_len=1 if metadata.is_decode else None,
+      num_states=_num_states(metadata),
+      implementation=implementation,
+    ),
+    out_specs=(at(axis=1), at(axis=2 if _num_states(metadata) else 1)),
+    x=(x, at(axis=1)),
+    dt=(dt, at(axis=1)),
+    a=(a, at(axis=0)),
+    b=(b, groups),
+    c=(c, groups),
+    d=(d, at(axis=0)),
+    state=(state, at(axis=1)),
+    cu_seqlens=(metadata.cu_seqlens, P()),
   )
+
+
+def _over(
+  split: Split,
+  operation: Callable[..., tuple[Array, Array]],
+  *,
+  out_specs: tuple[P, P],
+  **arguments: tuple[Array | None, P],
+) -> tuple[Array, Array]:
+  """Runs an operation on each device's part of its arguments, each with its spec."""
+  arrays = {name: array for name, (array, _) in arguments.items()}
+  specs = {name: spec for name, (_, spec) in arguments.items()}
+  run = split.over(
+    lambda arrays: operation(**arrays), in_specs=(specs,), out_specs=out_specs
+  )
+  return run(arrays)
 
 
 def _spread(split: Split, num_heads: int, b: Array, c: Array) -> tuple[Array, Array]:

@@ -10,7 +10,8 @@ import types
 import jax
 import pytest
 
-from pallas_kernels.paged_attention import api, device, paged_attention
+from pallas_kernels import device
+from pallas_kernels.paged_attention import api, paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 from tests import deviceless
 

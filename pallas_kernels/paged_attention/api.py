@@ -2,12 +2,12 @@
 
 import functools
 from types import ModuleType
-from typing import Any
 
 import jax
-from jax import Array, lax
+from jax import Array
 import jax.numpy as jnp
 
+from pallas_kernels import choice, device
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.work_queue import Plan, plan_rows
 
@@ -106,7 +106,19 @@ def paged_attention(
     v_scale=v_scale,
     v_head_dim=v_head_dim or (k if v is None else v).shape[-1],
   )
-  out, lse = _run(implementation, arguments, options, plan)
+
+  def kernel(name: str) -> str | choice.Run:
+    backend = _backend(name)
+    if reason := backend.why_not(*arguments[:3], **options):
+      return reason
+    return functools.partial(backend.paged_attention, *arguments, **options, plan=plan)
+
+  out, lse = choice.run(
+    implementation,
+    IMPLEMENTATIONS,
+    fallback=functools.partial(xla.paged_attention, *arguments, **options),
+    kernel=kernel,
+  )
   return (out, lse) if return_lse else out
 
 
@@ -145,7 +157,7 @@ def plan(
   Returns:
     The plan, or None if the implementation has no use for one; XLA has none.
   """
-  if implementation == "xla" or _platform() != "gpu":
+  if implementation == "xla" or not device.is_gpu():
     return None
   backend = _backend(implementation or "triton")
   cuts = backend.cuts(
@@ -160,43 +172,8 @@ def plan(
   return plan_rows(seq_lens, cu_seqlens, cuts)
 
 
-def _run(
-  implementation: str | None,
-  arguments: tuple[Any, ...],
-  options: dict[str, Any],
-  plan: Plan | None,
-) -> tuple[Array, Array]:
-  """Runs the implementation of that name, or the best that can serve."""
-  fallback = functools.partial(xla.paged_attention, *arguments, **options)
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(
-      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
-    )
-  if implementation == "xla" or (implementation is None and _platform() != "gpu"):
-    return fallback()
-  backend = _backend(implementation or "triton")
-  reason = backend.why_not(*arguments[:3], **options)
-  if implementation is None:
-    if reason is not None:
-      return fallback()
-    # A program for another platform, such as the host's, is lowered to XLA.
-    best = functools.partial(backend.paged_attention, *arguments, **options, plan=plan)
-    return lax.platform_dependent(cuda=best, default=fallback)
-  if _platform() != "gpu":
-    reason = f"it needs a GPU, and programs are for {_platform()}"
-  if reason is not None:
-    raise NotImplementedError(f"implementation {implementation!r}: {reason}")
-  return backend.paged_attention(*arguments, **options, plan=plan)
-
-
-def _platform() -> str:
-  """What programs are traced for, as far as one can know before they are lowered."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
 def _backend(name: str) -> ModuleType:
-  """Imported where a GPU is: it takes a moment, and one day jax will drop Triton."""
+  """The module of that name."""
   if name == "triton":
     from pallas_kernels.paged_attention import triton as backend
   else:

@@ -18,7 +18,8 @@ from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import device, tuning, work_queue
+from pallas_kernels import device
+from pallas_kernels.paged_attention import tuning, work_queue
 from pallas_kernels.paged_attention.triton_walk import (
   Layer,
   LOG2_E,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jax import Array
 
-from pallas_kernels.paged_attention import device
+from pallas_kernels import device
 
 PATH = Path(__file__).with_name("tuned.json")
 KERNELS = ("triton split", "triton fill", "mosaic split")

@@ -9,14 +9,16 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-import jax
-from jax import Array, lax
+from jax import Array
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels import choice
 from pallas_kernels.ssm import xla
 
 IMPLEMENTATIONS = ("xla", "triton")
+type _Kernel = str | choice.Run
+"""How to run a kernel, or why it cannot serve."""
 
 
 def causal_conv1d(
@@ -73,7 +75,7 @@ def causal_conv1d(
     bias=bias,
     max_query_len=max_query_len,
   )
-  return _run(implementation, fallback, step)
+  return _choose(implementation, fallback, step)
 
 
 def ssd(
@@ -148,7 +150,7 @@ def ssd(
     chunk_size=chunk_size,
     max_query_len=max_query_len,
   )
-  return _run(implementation, fallback, step)
+  return _choose(implementation, fallback, step)
 
 
 def step_conv1d(
@@ -205,7 +207,7 @@ def step_conv1d(
   step = functools.partial(
     _step_pool, "step_conv1d", *arguments, *ids, bias=bias, max_query_len=max_query_len
   )
-  return _run(implementation, fallback, step)
+  return _choose(implementation, fallback, step)
 
 
 def step_ssd(
@@ -273,49 +275,22 @@ def step_ssd(
     chunk_size=chunk_size,
     max_query_len=max_query_len,
   )
-  return _run(implementation, fallback, step)
+  return _choose(implementation, fallback, step)
 
 
 # --- Choice ---------------------------------------------------------------------------
 
-type _Run = Callable[[], tuple[Array, Array]]
 
-
-def _run(
-  implementation: str | None, fallback: _Run, kernel: Callable[[], str | _Run]
+def _choose(
+  implementation: str | None, fallback: choice.Run, kernel: Callable[[], _Kernel]
 ) -> tuple[Array, Array]:
-  """Runs the implementation of that name, or the best that can serve.
-
-  `kernel()` returns how to run it, or says why it cannot serve.
-  """
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise NotImplementedError(
-      f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}"
-    )
-  if implementation == "xla" or (implementation is None and _platform() != "gpu"):
-    return fallback()
-  run = kernel()
-  if implementation is None:
-    if isinstance(run, str):
-      return fallback()
-    # A program for another platform, such as the host's, is lowered to XLA.
-    return lax.platform_dependent(cuda=run, default=fallback)
-  if _platform() != "gpu":
-    run = f"it needs a GPU, and programs are for {_platform()}"
-  if isinstance(run, str):
-    raise NotImplementedError(f"implementation {implementation!r}: {run}")
-  return run()
+  return choice.run(
+    implementation, IMPLEMENTATIONS, fallback=fallback, kernel=lambda _: kernel()
+  )
 
 
-def _platform() -> str:
-  """What programs are traced for, as far as one can know before they are lowered."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
-def _step_pool(name: str, *arguments: Array, **options: Any) -> str | _Run:
+def _step_pool(name: str, *arguments: Array, **options: Any) -> _Kernel:
   """How to run a kernel on a pool, or why not."""
-  # Imported where a GPU is: it takes a moment, and one day jax will drop Triton.
   from pallas_kernels.ssm import triton
 
   if reason := triton.why_not(name, *arguments, **options):
@@ -331,7 +306,7 @@ def _step_states(
   *,
   num_states: int | None,
   **options: Any,
-) -> str | _Run:
+) -> _Kernel:
   """How to run a kernel on states that are a pool of their own, or why not."""
   if num_states is not None:
     return "the states after each token can only be kept in a pool"

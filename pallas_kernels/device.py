@@ -14,6 +14,17 @@ _UNKNOWN = (8, 6)  # of those that kernels are for, the one that can do least
 _LARGE = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 
 
+def platform() -> str:
+  """Its platform, as far as one can know before programs are lowered."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def is_gpu() -> bool:
+  """Whether it is a GPU."""
+  return platform() == "gpu"
+
+
 def kind() -> str:
   """Its name, such as `"NVIDIA H100 80GB HBM3"`."""
   device = jax.sharding.get_abstract_mesh().abstract_device
