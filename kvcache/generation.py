@@ -93,6 +93,12 @@ class Slice:
   history: History | None = None
   waits: dict[int, WaitReason] = dataclasses.field(default_factory=dict)
 
+  @property
+  def sample(self) -> PoolSample:
+    """How the pool was used, for charts over the steps."""
+    used, cached = int(self.stats.num_in_use), int(self.stats.num_evictable)
+    return PoolSample(step=self.num_steps, used=used, cached=cached)
+
 
 def generate(
   model: Model,
@@ -224,19 +230,10 @@ def generate(
       if on_slice is not None:
         line.clear()
         on_slice(part)
-      _show_progress(run, part)
+      run.add(part.sample, num_tokens=part.num_tokens, seconds=part.seconds)
+      run.show(num_finished=part.num_finished, num_requests=part.num_requests)
   line.clear()
   return ctx, [reported[i] for i in range(len(prompts))]
-
-
-def _show_progress(run: RunProgress, part: Slice) -> None:
-  used, cached = int(part.stats.num_in_use), int(part.stats.num_evictable)
-  run.add(
-    PoolSample(step=part.num_steps, used=used, cached=cached),
-    num_tokens=part.num_tokens,
-    seconds=part.seconds,
-  )
-  run.show(num_finished=part.num_finished, num_requests=part.num_requests)
 
 
 def _annotate(name: str) -> jax.profiler.TraceAnnotation:

@@ -7,7 +7,7 @@ from kvcache import terminal
 from kvcache.generation import Completion, Slice
 from kvcache.observe import BlockMap, map_blocks
 from kvcache.prompts import Prompt
-from kvcache.terminal import PoolSample, ProgressLine, RunProgress, Style
+from kvcache.terminal import ProgressLine, RunProgress, Style
 
 
 class Report:
@@ -42,15 +42,11 @@ class Report:
 
   def add(self, part: Slice) -> None:
     """Takes a slice of work; this is an `on_slice` of `kvcache.generate`."""
-    used, cached = int(part.stats.num_in_use), int(part.stats.num_evictable)
-    peak = max((sample.used for sample in self._run.samples), default=-1)
-    if self._keeps_map and part.ctx is not None and used > peak:
+    sample = part.sample
+    peak = max((before.used for before in self._run.samples), default=-1)
+    if self._keeps_map and part.ctx is not None and sample.used > peak:
       self._fullest = map_blocks(part.ctx)
-    self._run.add(
-      PoolSample(step=part.num_steps, used=used, cached=cached),
-      num_tokens=part.num_tokens,
-      seconds=part.seconds,
-    )
+    self._run.add(sample, num_tokens=part.num_tokens, seconds=part.seconds)
     self.progress.clear()
     for completion in part.finished:
       self._show(completion)
