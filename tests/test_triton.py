@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.paged_attention import (
-  device,
   paged_attention,
   reference,
   triton,
