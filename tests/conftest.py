@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Each of four warpgroups that wait, in the GPU interpreter, holds a thread of XLA's.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import hypothesis
 import jax

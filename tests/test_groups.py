@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import AttentionLayer, CacheConfig, SchedulerConfig
+from kvcache import AttentionLayer, CacheConfig, context, SchedulerConfig
 from tests import test_speculation
 from tests import toy_model as toy
 from tests.test_serve import (
@@ -235,6 +235,19 @@ def test_blocks_of_a_window_go_with_those_they_are_attached_to():
   kvcache.check_invariants(ctx)
   ctx, num = evict(ctx, jnp.int32(100))
   assert ctx.windows[0].pool.num_free == 29 and ctx.pool.num_free == 39
+
+
+def test_room_is_made_where_it_is_missing_and_nowhere_else():
+  ctx, row, *_ = start(toy.fresh(SMALL), TEXT)
+  ctx = finish(ctx, mask(row))
+  # Ten cached blocks leave 29 of 39, and 19 of the window's 29.
+  assert (ctx.pool.num_free, ctx.windows[0].pool.num_free) == (29, 19)
+  make_room = jax.jit(context.make_room)
+  same = make_room(ctx, 19)
+  assert (same.pool.num_free, same.windows[0].pool.num_free) == (29, 19)
+  more = make_room(ctx, 22)
+  assert (more.pool.num_free, more.windows[0].pool.num_free) == (29, 22)
+  kvcache.check_invariants(more)
 
 
 def test_rows_let_go_of_what_is_behind_their_window_when_published():

@@ -29,10 +29,15 @@ ON_HOPPER = {
   "llama-3-8b",
   "llama-3-8b block 8",
   "llama-3-8b block 128",
+  "llama-3-8b fp8",
+  "llama-3-8b int8",
   "llama-3-70b tp8",
   "gpt-oss-120b window",
   "gemma-2-9b",
   "qwen-3-235b-a22b",
+  "phi-2",
+  "phi-3-mini",
+  "deepseek-v3 tp8 fp8",
 }
 
 

@@ -79,6 +79,29 @@ def make(rows, *, group=2, head_dim=64, block_size=16, window=None, dtype="bfloa
   return *floats, *(jnp.asarray(x, jnp.int32) for x in (tables, lens, starts))
 
 
+def quantised(args, kv_dtype):
+  """The same with quantised pools; scales that no query needs are NaN, too."""
+  q, *pools, tables, lens, starts = args
+  stored, scales = [], []
+  for pool in pools:
+    if pool is None:
+      stored.append(None)
+      continue
+    pool = np.asarray(pool, np.float32)
+    most = 127 if kv_dtype == "int8" else 448
+    scale = np.abs(pool).max(axis=-1) / most
+    with np.errstate(invalid="ignore"):
+      pool = pool / scale[..., None]
+      if kv_dtype == "int8":
+        pool = np.nan_to_num(np.round(pool), nan=99).astype(np.int8)
+      else:
+        pool = pool.astype(jnp.float8_e4m3fn).view(np.uint8)
+    stored.append(jnp.asarray(pool))
+    scales.append(jnp.asarray(scale))
+  names = ("k_scale", "v_scale")
+  return (q, *stored, tables, lens, starts), dict(zip(names, scales, strict=False))
+
+
 def interpreted(args, *, v_head_dim=None, **options):
   """Runs the kernels, which must have no races."""
   run = functools.partial(
@@ -97,8 +120,14 @@ def interpreted(args, *, v_head_dim=None, **options):
 def check(args, *, max_query_len=None, **options):
   """Compares with the plain reference."""
   out, lse = interpreted(args, max_query_len=max_query_len, **options)
-  sm_scale = args[0].shape[-1] ** -0.5
-  want, want_lse = reference.paged_attention(*args, sm_scale=sm_scale, **options)
+  q, *pools, tables, lens, starts = args
+  for i, name in enumerate(("k_scale", "v_scale")):
+    if name in options:  # Quantised tiles become tiles of the queries' type.
+      pool = reference.dequantise(pools[i], options.pop(name))
+      pools[i] = pool.astype(q.dtype)
+  want, want_lse = reference.paged_attention(
+    *(q, *pools, tables, lens, starts), sm_scale=q.shape[-1] ** -0.5, **options
+  )
   out, want = (np.asarray(x, np.float32) for x in (out, want))
   assert np.isfinite(want).all()
   assert not out[-2:].any()
@@ -148,6 +177,40 @@ def test_prompt_chunks_go_beside_decoding(rows, settings, options):
   check(make(rows, **settings), **options)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8"])
+@pytest.mark.parametrize(
+  ("rows", "settings", "options"),
+  [
+    ([(1, 1), (0, 0), (300, 70), (130, 1)], {"block_size": 32}, {}),
+    (
+      [(330, 150), (200, 1)],
+      {"group": 4, "window": 40, "block_size": 64, "head_dim": 128},
+      WINDOW,
+    ),
+    ([(150, 1), (64, 9)], {"head_dim": 96, "block_size": 128, "dtype": "float16"}, {}),
+    ([(70, 5)], {"group": 20, "head_dim": 256, "block_size": 128}, {}),
+  ],
+  ids=["mixed", "window", "float16", "wide"],
+)
+def test_quantised_tiles_are_made_floats_on_their_way(
+  rows, settings, options, kv_dtype
+):
+  args, scales = quantised(make(rows, **settings), kv_dtype)
+  check(args, **options, **scales)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_heads_that_fill_no_tile(head_dim):
+  rows = [(1, 1), (300, 70), (130, 1), (9, 9)]
+  check(make(rows, group=3, head_dim=head_dim, block_size=8))
+
+
+def test_quantised_latent_keys():
+  q, k, _, *ids = make([(150, 1), (64, 1)], group=16, head_dim=192, block_size=32)
+  args, scales = quantised((q, k, None, *ids), "float8")
+  check(args, max_query_len=1, v_head_dim=128, **scales)
+
+
 def test_latent_keys_have_their_values_in_front():
   q, k, _, *ids = make([(150, 1), (0, 1), (64, 1)], group=16, head_dim=192)
   check((q, k, None, *ids), max_query_len=1, v_head_dim=128)
@@ -168,7 +231,16 @@ def test_bits_depend_on_nothing_but_the_row():
 
 
 @pytest.mark.parametrize(
-  "name", ["llama-3-8b", "llama-3-8b block 8", "llama-3-8b block 128", "gemma-3-4b"]
+  "name",
+  [
+    "llama-3-8b",
+    "llama-3-8b block 8",
+    "llama-3-8b block 128",
+    "llama-3-8b int8",
+    "gemma-3-4b",
+    "phi-2",
+    "phi-3-mini",
+  ],
 )
 @pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])
 def test_named_shapes_are_lowered(name, max_query_len):
@@ -188,10 +260,13 @@ def test_named_shapes_are_lowered(name, max_query_len):
 @pytest.mark.parametrize(
   ("name", "max_query_len", "reason"),
   [
-    ("llama-3-8b fp8", 1, "q, k and v must be of one type"),
     ("llama-3-8b float32", 1, "q must be bfloat16 or float16, got float32"),
     ("deepseek-v3 tp8", 2, "values must be as wide as keys"),
-    ("phi-2", 1, "head_dim must be 64, 128 or 256, got 80"),
+    (
+      "llama-3-8b fp8 block 16",
+      1,
+      "block_size must be one of .32, 64, 128. with uint8",
+    ),
   ],
 )
 def test_what_it_cannot_serve_is_refused(name, max_query_len, reason):

@@ -129,6 +129,7 @@ ARG_SPECS = (
   _model("llama-3-8b float32", 32, 8, 128, dtype=jnp.float32),
   _model("llama-3-8b int8", 32, 8, 128, kv_dtype=jnp.int8),
   _model("llama-3-8b fp8", 32, 8, 128, kv_dtype=_FP8),
+  _model("llama-3-8b fp8 block 16", 32, 8, 128, kv_dtype=_FP8, block_size=16),
   _model("llama-3-8b tp8", 4, 1, 128),
   _model("llama-3-70b", 64, 8, 128),
   _model("llama-3-70b tp8", 8, 1, 128),

@@ -2,11 +2,13 @@
 
 The operands of the products are swapped, so that the long side of each is the tile of
 keys: `S^T = K Q^T` and `O^T = V^T P^T`, with as many columns as a kv head has queries,
-padded to eight. One warpgroup computes, and another fetches. Latent keys, the first
-part of which are the values, are fetched once.
+padded to eight. One warpgroup computes, and another fetches; where keys and values are
+quantised, a third stands between them. Latent keys, the first part of which are the
+values, are fetched once.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +17,15 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import mosaic_ring as ring
-from pallas_kernels.paged_attention import tuning
+from pallas_kernels.paged_attention import mosaic_widening, tuning
 from pallas_kernels.paged_attention.mosaic_ring import (
   Layer,
   Piece,
   plgpu,
+  Pool,
   Ref,
   Ring,
+  SQUARE,
   WGMMA,
 )
 from pallas_kernels.paged_attention.triton_walk import LOG2_E, NEG
@@ -35,8 +39,11 @@ _MIN_SPLIT = 256
 """Least tokens of a piece: its partial result is some 3 % of what it reads."""
 _NUM_PROGRAMS = 264
 """Two for each multiprocessor of an H100."""
-_SHARED_BYTES = 108 << 10
+_SHARED_BYTES = 102 << 10
 """Of one program, so that two find room on a multiprocessor."""
+_REGISTERS = 240, 40, 224
+"""Of the threads that compute, fetch and widen tiles, of one program alone."""
+_EQUAL_SHARE = 168
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
@@ -51,6 +58,8 @@ def split(
   queue: SplitQueue,
   layer: Layer,
   *,
+  k_scale: Array | None,
+  v_scale: Array | None,
   v_head_dim: int,
   max_queries: int,
   interpret: Any,
@@ -66,6 +75,8 @@ def split(
     cu_seqlens: `[S + 1]`.
     queue: Pieces in tiles of `TILE` tokens.
     layer: Static facts.
+    k_scale: `[N, K, block_size]`, or None.
+    v_scale: `[N, K, block_size]`, or None.
     v_head_dim: `Dv`.
     max_queries: Most query tokens of a row in the queue.
     interpret: Parameters of the GPU interpreter, or None.
@@ -79,7 +90,7 @@ def split(
   num_kv_heads = k.shape[1]
   columns = 8 if max_queries * layer.group <= 8 else MAX_COLUMNS
   setup = settings(k, v)
-  num_stages = setup.num_stages
+  _, num_wide, is_small = _stages(k, v)
   place = jnp.arange(max_queries, dtype=jnp.int32)
   token = jnp.minimum(cu_seqlens[:-1, None] + place[None], num_tokens - 1)
   rows = q[token].reshape(*token.shape, num_kv_heads, layer.group, head_dim)
@@ -90,10 +101,14 @@ def split(
   shape = (queue.rows.size, num_kv_heads, columns)
   num_programs = min(setup.num_programs, queue.rows.size * num_kv_heads)
 
+  pools = [ring.pool_of(k, k_scale, TILE)]
+  if v is not None:
+    # What is copied into padded tiles must be one piece there: eight rows.
+    max_rows = 8 if v_scale is None and v_head_dim % SQUARE else TILE
+    pools.append(ring.pool_of(v, v_scale, max_rows))
   inputs = _Inputs(
     q=rows,
-    k=ring.split_blocks(k, TILE),
-    v=None if v is None else ring.split_blocks(v, TILE),
+    pools=tuple(pools),
     block_tables=block_tables,
     seq_lens=seq_lens,
     cu_seqlens=cu_seqlens,
@@ -102,30 +117,52 @@ def split(
     last=queue.last,
     num_pieces=queue.num_pieces,
   )
+  copied, wide = ring.rings_of(
+    pools,
+    TILE,
+    num_stages=setup.num_stages,
+    num_wide=num_wide,
+    dtype=q.dtype,
+    num_users=1,
+    pads_values=True,
+  )
 
   def paged_attention_decode_sm90(
-    inputs: _Inputs, out: Ref, lse: Ref, *refs: Ref
+    inputs: _Inputs, out: Ref, lse: Ref, *refs: Any
   ) -> None:
     scratch = _Scratch(*refs)
     each = functools.partial(
       ring.each_piece,
-      piece_at=functools.partial(_piece_at, inputs),
+      piece_at=functools.partial(_piece_at, inputs, layer),
       num_pieces=inputs.num_pieces[0],
       num_heads=num_kv_heads,
       num_programs=num_programs,
     )
     thread = lax.axis_index("thread")
 
+    def take(num_registers: int) -> None:
+      """Shares registers anew where three warpgroups have a multiprocessor."""
+      if wide and not is_small:
+        action = "increase" if num_registers > _EQUAL_SHARE else "decrease"
+        plgpu.set_max_registers(num_registers, action=action)
+
     @pl.when(thread == 0)
     def _() -> None:
+      take(_REGISTERS[0])
       each(functools.partial(_compute, inputs, out, lse, scratch, layer))
 
     @pl.when(thread == 1)
     def _() -> None:
-      ring.fetch_all(scratch.rings(inputs), inputs.block_tables, each)
+      take(_REGISTERS[1])
+      ring.fetch_all(inputs.pools, scratch.copied, inputs.block_tables, each)
 
-  barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
-  copies = ring.copies_per_tile(k, TILE)
+    if scratch.wide:
+
+      @pl.when(thread == 2)
+      def _() -> None:
+        take(_REGISTERS[2])
+        mosaic_widening.widen_all(scratch.copied, scratch.wide, each)
+
   return plgpu.kernel(
     paged_attention_decode_sm90,
     out_type=(
@@ -134,20 +171,16 @@ def split(
     ),
     scratch_types=_Scratch(
       q=ring.tiled((columns, head_dim), q.dtype),
-      k=ring.tiled((num_stages, TILE, head_dim), q.dtype),
-      v=None if v is None else ring.tiled((num_stages, TILE, v_head_dim), q.dtype),
-      weights=ring.tiled((columns, TILE), q.dtype),
-      out=ring.tiled((columns, v_head_dim), jnp.float32),
+      copied=copied,
+      wide=wide,
+      weights=ring.tiled((columns, TILE), q.dtype, v_head_dim),
+      out=ring.tiled((columns, ring.pad(v_head_dim)), jnp.float32, v_head_dim),
       lse=plgpu.SMEM((columns,), jnp.float32),
       q_here=plgpu.Barrier(),
-      k_here=barriers(num_arrivals=copies),
-      v_here=None if v is None else barriers(num_arrivals=copies),
-      k_free=barriers(),
-      v_free=None if v is None else barriers(),
     ),
     grid=(num_programs,),
     grid_names=("program",),
-    num_threads=2,
+    num_threads=3 if wide else 2,
     thread_name="thread",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
@@ -160,25 +193,33 @@ def split(
 
 def settings(k: Array, v: Array | None) -> Settings:
   """How the kernel is set up; shapes and dtypes of arrays suffice."""
-  width = k.shape[-1] + (0 if v is None else v.shape[-1])
-  per_stage = TILE * width * k.dtype.itemsize
-  num_stages = max(2, min(6, _SHARED_BYTES // per_stage))
-  has_room_for_two = num_stages * per_stage <= _SHARED_BYTES
+  num_stages, _, is_small = _stages(k, v)
   default = Settings(
     tile_kv=TILE,
     num_stages=num_stages,
     min_split=_MIN_SPLIT,
-    num_programs=_NUM_PROGRAMS if has_room_for_two else _NUM_PROGRAMS // 2,
+    num_programs=_NUM_PROGRAMS if is_small else _NUM_PROGRAMS // 2,
   )
   return tuning.settle("mosaic split", k, v, default)
+
+
+def _stages(k: Array, v: Array | None) -> tuple[int, int, bool]:
+  """Tiles of the rings, and whether they leave room for another program."""
+  is_quantised = k.dtype.itemsize == 1
+  width = k.shape[-1] + (0 if v is None else ring.pad(v.shape[-1]))
+  per_stage = TILE * width * k.dtype.itemsize
+  num_stages, num_wide = ring.stages(
+    _SHARED_BYTES, per_stage, 2 * per_stage if is_quantised else 0, most=6
+  )
+  used = per_stage * (num_stages + (2 * num_wide if is_quantised else 0))
+  return num_stages, num_wide, used <= _SHARED_BYTES
 
 
 class _Inputs(NamedTuple):
   """Arguments in the memory of the device."""
 
   q: Ref  # [S, K, columns, D]
-  k: Ref  # [N, K, tiles per block, tokens per copy, D]
-  v: Ref  # [N, K, tiles per block, tokens per copy, Dv], or None
+  pools: tuple[Pool, ...]  # of keys, and of values that are no part of them
   block_tables: Ref  # [S, P]
   seq_lens: Ref  # [S]
   cu_seqlens: Ref  # [S + 1]
@@ -192,35 +233,32 @@ class _Scratch(NamedTuple):
   """Shared memory of a program, and the barriers by which its threads meet."""
 
   q: Ref  # [columns, D]
-  k: Ref  # [stages, tile, D]
-  v: Ref  # [stages, tile, Dv], or None as what belongs to it
+  copied: tuple[Ring, ...]  # from each pool
+  wide: tuple[Ring, ...]  # what quantised tiles become, if any are
   weights: Ref  # [columns, tile]
-  out: Ref  # [columns, Dv]
+  out: Ref  # [columns, Dv], padded
   lse: Ref  # [columns]
   q_here: Ref
-  k_here: Ref  # [stages]
-  v_here: Ref  # [stages]
-  k_free: Ref  # [stages]
-  v_free: Ref  # [stages]
-
-  def rings(self, inputs: _Inputs) -> tuple[Ring, ...]:
-    """Of keys, and of values that are no part of them."""
-    keys = Ring(inputs.k, self.k, self.k_here, self.k_free)
-    if self.v is None:
-      return (keys,)
-    return keys, Ring(inputs.v, self.v, self.v_here, self.v_free)
 
 
-def _piece_at(inputs: _Inputs, number: Array, head: Array, done: Array) -> Piece:
+def _piece_at(
+  inputs: _Inputs, layer: Layer, number: Array, head: Array, done: Array
+) -> Piece:
   row = inputs.rows[number]
-  max_len = inputs.block_tables.shape[1] * inputs.k.shape[2] * inputs.k.shape[3]
+  max_len = inputs.block_tables.shape[1] * inputs.pools[0].block_size
+  length = jnp.minimum(inputs.seq_lens[row], max_len)
+  begin = jnp.int32(0)
+  if layer.sliding_window is not None:
+    query_len = inputs.cu_seqlens[row + 1] - inputs.cu_seqlens[row]
+    begin = jnp.maximum(length - query_len - (layer.sliding_window - 1), 0)
   return Piece(
     number=number,
     head=head,
     row=row,
     first=inputs.first[number],
     last=inputs.last[number],
-    length=jnp.minimum(inputs.seq_lens[row], max_len),
+    begin=begin,
+    length=length,
     done=done,
   )
 
@@ -229,26 +267,27 @@ def _compute(
   inputs: _Inputs, out: Ref, lse: Ref, scratch: _Scratch, layer: Layer, piece: Piece
 ) -> None:
   """Attends over the tiles of a piece, and writes its partial result."""
-  columns, v_head_dim = scratch.out.shape
+  columns, v_head_dim = scratch.out.shape[0], out.shape[-1]
   row, length = piece.row, piece.length
   query_len = inputs.cu_seqlens[row + 1] - inputs.cu_seqlens[row]
   base = length - query_len  # position of the first query
-  begin = jnp.int32(0)
-  if layer.sliding_window is not None:
-    begin = jnp.maximum(base - (layer.sliding_window - 1), 0)
+  keys, *values = scratch.wide or scratch.copied
   plgpu.copy_gmem_to_smem(inputs.q.at[row, piece.head], scratch.q, scratch.q_here)
   plgpu.barrier_wait(scratch.q_here)
 
   def step(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
     acc, top, total = state
-    slot = ring.slot_of(scratch.k, piece, index)
-    keys = scratch.k.at[slot]
-    is_latent = scratch.v is None
-    values = keys.at[:, pl.ds(0, v_head_dim)] if is_latent else scratch.v.at[slot]
-    plgpu.barrier_wait(scratch.k_here.at[slot])
-    logits = ring.product(keys, scratch.q.T, (TILE, columns))
-    if not is_latent:
-      plgpu.barrier_arrive(scratch.k_free.at[slot])
+    slot = ring.slot_of(keys, piece, index)
+    if values:
+      (others,) = values
+      value_tile = others.tiles.at[slot]
+    else:
+      others = keys
+      value_tile = keys.tiles.at[slot, :, pl.ds(0, v_head_dim)]
+    plgpu.barrier_wait(keys.here.at[slot])
+    logits = ring.product(keys.tiles.at[slot], scratch.q.T, (TILE, columns))
+    if values:
+      plgpu.barrier_arrive(keys.free.at[slot])
     mask = _mask(logits.shape, index * TILE, base, length, layer)
     logits = jnp.where(mask, _scaled(logits, layer), NEG)
     new_top = jnp.maximum(top, logits.max(axis=0))
@@ -259,26 +298,29 @@ def _compute(
     total = total * _spread(shrink, total.shape) + weights
     weights = weights.astype(scratch.weights.dtype)
     scratch.weights.T[...] = plgpu.layout_cast(weights, _TRANSPOSED)
-    if not is_latent:
-      plgpu.barrier_wait(scratch.v_here.at[slot])
+    if values:
+      plgpu.barrier_wait(others.here.at[slot])
+    if not scratch.wide:  # else it was done
 
-    @pl.when((index * TILE < begin) | ((index + 1) * TILE > length))
-    def _() -> None:
-      for column in range(0, v_head_dim, ring.SQUARE):
-        square = values.at[:, pl.ds(column, ring.SQUARE)]
-        ring.bury(square, index * TILE, begin, length)
+      @pl.when((index * TILE < piece.begin) | ((index + 1) * TILE > length))
+      def _() -> None:
+        side = math.gcd(v_head_dim, SQUARE)
+        for column in range(0, v_head_dim, side):
+          square = value_tile.at[:, pl.ds(column, side)]
+          ring.bury(square, index * TILE, piece)
 
     plgpu.commit_smem()
-    part = ring.product(values.T, scratch.weights.T, acc.shape)
-    plgpu.barrier_arrive((scratch.k_free if is_latent else scratch.v_free).at[slot])
-    return acc * _spread(shrink, acc.shape) + part, new_top, total
+    acc = acc * _spread(shrink, acc.shape)
+    acc = ring.add_product(acc, value_tile.T, scratch.weights.T, layer)
+    plgpu.barrier_arrive(others.free.at[slot])
+    return acc, new_top, total
 
   acc, top, total = lax.fori_loop(
     piece.first,
     piece.last,
     step,
     (
-      ring.full((v_head_dim, columns), 0.0, WGMMA),
+      ring.full(scratch.out.shape[::-1], 0.0, WGMMA),
       ring.full((columns,), NEG, _COLUMNS),
       ring.full((TILE, columns), 0.0, WGMMA),
     ),
@@ -289,7 +331,12 @@ def _compute(
   scratch.out.T[...] = plgpu.layout_cast(acc, _TRANSPOSED)
   scratch.lse[...] = jnp.where(total == 0.0, NEG, top + jnp.log2(safe))
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(scratch.out, out.at[piece.number, piece.head])
+  for column in range(0, columns, 8):  # more would be in pieces if it is padded
+    eight = pl.ds(column, 8)
+    plgpu.copy_smem_to_gmem(
+      scratch.out.at[eight, pl.ds(0, v_head_dim)],
+      out.at[piece.number, piece.head, eight],
+    )
   plgpu.copy_smem_to_gmem(scratch.lse, lse.at[piece.number, piece.head])
   plgpu.wait_smem_to_gmem(0)
 

@@ -1,13 +1,15 @@
 """Paged attention of prompt chunks in Pallas for Hopper GPUs, through Mosaic GPU.
 
 Two warpgroups compute, each for 64 queries `token * group + head` of one kv head, and a
-third fetches for both. Keys and values are walked once per tile of queries; only where
-some query does not see some key is there a mask.
+third fetches for both; a fourth stands between them where keys and values are
+quantised. Keys and values are walked once per tile of queries; only where some query
+does not see some key is there a mask.
 
 Reference: Shah et al., "FlashAttention-3", 2024.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +18,12 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import mosaic_ring as ring
+from pallas_kernels.paged_attention import mosaic_widening
 from pallas_kernels.paged_attention.mosaic_ring import (
   Layer,
   Piece,
   plgpu,
+  Pool,
   Ref,
   Ring,
   SQUARE,
@@ -36,8 +40,10 @@ _ROWS = 64
 """Queries of a warpgroup, the height of its products."""
 _COMPUTING = 2
 """Warpgroups that do."""
-_REGISTERS = 232, 40
+_REGISTERS: tuple[int, ...] = (232, 40)
 """Of the threads that compute, and of those that fetch; 64 Ki in all."""
+_REGISTERS_OF_FOUR: tuple[int, ...] = (208, 24, 72)
+"""The same beside threads that make tiles of quantised ones, and of these."""
 _SHARED_BYTES = 208 << 10
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -59,6 +65,8 @@ def fill(
   tiles: TileQueue,
   layer: Layer,
   *,
+  k_scale: Array | None,
+  v_scale: Array | None,
   interpret: Any,
 ) -> tuple[Array, Array]:
   """Writes the results of the rows in a queue into those of the others.
@@ -74,6 +82,8 @@ def fill(
     sinks: `[H]`, or None.
     tiles: Of `tokens_per_tile` tokens.
     layer: Static facts.
+    k_scale: `[N, K, block_size]`, or None.
+    v_scale: `[N, K, block_size]`, or None.
     interpret: Parameters of the GPU interpreter, or None.
   """
   num_tokens, num_heads, head_dim = q.shape
@@ -97,8 +107,10 @@ def fill(
   if sinks is not None:  # of each query of a warpgroup
     sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2_E
     sinks = sinks[:, jnp.arange(_ROWS) % group]
+  tile = tile_of(head_dim)
+  pools = ring.pool_of(k, k_scale, tile), ring.pool_of(v, v_scale, tile)
   out, lse = _attend(
-    queries, k, v, block_tables, seq_lens, cu_seqlens, sinks, tiles, layer, interpret
+    queries, pools, block_tables, seq_lens, cu_seqlens, sinks, tiles, layer, interpret
   )
 
   def by_token(x: Array) -> Array:
@@ -117,8 +129,7 @@ def fill(
 
 def _attend(
   q: Array,
-  k: Array,
-  v: Array,
+  pools: tuple[Pool, Pool],
   block_tables: Array,
   seq_lens: Array,
   cu_seqlens: Array,
@@ -129,15 +140,11 @@ def _attend(
 ) -> tuple[Array, Array]:
   """Results `[W, K, 2, 64, D]`, and `[W, K, 2, 64]` in float32."""
   num_tiles, num_kv_heads, _, _, head_dim = q.shape
-  tile = 128 if head_dim <= 128 else 64
-  own = _COMPUTING * _ROWS * head_dim * q.dtype.itemsize
-  per_stage = 2 * tile * head_dim * k.dtype.itemsize
-  num_stages = max(2, min(4, (_SHARED_BYTES - own) // per_stage))
+  tile = tile_of(head_dim)
   num_programs = min(NUM_PROGRAMS, num_tiles * num_kv_heads)
   inputs = _Inputs(
     q=q,
-    k=ring.split_blocks(k, tile),
-    v=ring.split_blocks(v, tile),
+    pools=pools,
     block_tables=block_tables,
     seq_lens=seq_lens,
     cu_seqlens=cu_seqlens,
@@ -146,9 +153,19 @@ def _attend(
     num_tiles=jnp.sum(tiles.rows >= 0, dtype=jnp.int32, keepdims=True),
     sinks=sinks,
   )
+  num_stages, num_wide = _stages(q, pools, tile)
+  copied, wide = ring.rings_of(
+    pools,
+    tile,
+    dtype=q.dtype,
+    num_users=_COMPUTING,
+    num_stages=num_stages,
+    num_wide=num_wide,
+  )
+  registers = _REGISTERS_OF_FOUR if wide else _REGISTERS
 
   def paged_attention_prefill_sm90(
-    inputs: _Inputs, out: Ref, lse: Ref, *refs: Ref
+    inputs: _Inputs, out: Ref, lse: Ref, *refs: Any
   ) -> None:
     scratch = _Scratch(*refs)
     each = functools.partial(
@@ -162,16 +179,21 @@ def _attend(
 
     @pl.when(thread < _COMPUTING)
     def _() -> None:
-      plgpu.set_max_registers(_REGISTERS[0], action="increase")
+      plgpu.set_max_registers(registers[0], action="increase")
       each(functools.partial(_compute, inputs, out, lse, scratch, layer))
 
     @pl.when(thread == _COMPUTING)
     def _() -> None:
-      plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-      ring.fetch_all(scratch.rings(inputs), inputs.block_tables, each)
+      plgpu.set_max_registers(registers[1], action="decrease")
+      ring.fetch_all(inputs.pools, scratch.copied, inputs.block_tables, each)
 
-  barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
-  copies = ring.copies_per_tile(k, tile)
+    if scratch.wide:
+
+      @pl.when(thread == _COMPUTING + 1)
+      def _() -> None:
+        plgpu.set_max_registers(registers[2], action="decrease")
+        mosaic_widening.widen_all(scratch.copied, scratch.wide, each)
+
   return plgpu.kernel(
     paged_attention_prefill_sm90,
     out_type=(
@@ -180,22 +202,18 @@ def _attend(
     ),
     scratch_types=_Scratch(
       q=ring.tiled((_COMPUTING, _ROWS, head_dim), q.dtype),
-      k=ring.tiled((num_stages, tile, head_dim), q.dtype),
-      v=ring.tiled((num_stages, tile, head_dim), q.dtype),
+      copied=copied,
+      wide=wide,
       lse=plgpu.SMEM((_COMPUTING, _ROWS), jnp.float32),
       q_here=plgpu.Barrier(num_barriers=_COMPUTING),
-      k_here=barriers(num_arrivals=copies),
-      v_here=barriers(num_arrivals=copies),
-      k_free=barriers(num_arrivals=_COMPUTING),
-      v_free=barriers(num_arrivals=_COMPUTING),
       buried=plgpu.Barrier(num_arrivals=_COMPUTING),
-      weights=None
-      if interpret is None
-      else ring.tiled((_COMPUTING, _ROWS, tile), q.dtype),
+      weights=ring.tiled((_COMPUTING, _ROWS, tile), q.dtype, head_dim)
+      if layer.is_interpreted
+      else None,
     ),
     grid=(num_programs,),
     grid_names=("program",),
-    num_threads=_COMPUTING + 1,
+    num_threads=_COMPUTING + len(registers) - 1,
     thread_name="thread",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
@@ -206,12 +224,30 @@ def _attend(
   )(inputs)
 
 
+def tile_of(head_dim: int) -> int:
+  """Tokens per tile of keys."""
+  return 128 if head_dim <= 128 else 64
+
+
+def _stages(q: Array, pools: tuple[Pool, Pool], tile: int) -> tuple[int, int]:
+  """Tiles of the two kinds of rings."""
+  head_dim, blocks = q.shape[-1], pools[0].blocks
+  per_stage, per_wide = (
+    2 * tile * head_dim * dtype.itemsize for dtype in (blocks.dtype, q.dtype)
+  )
+  return ring.stages(
+    _SHARED_BYTES - _COMPUTING * _ROWS * head_dim * q.dtype.itemsize,
+    per_stage,
+    0 if pools[0].scales is None else per_wide,
+    most=4,
+  )
+
+
 class _Inputs(NamedTuple):
   """Arguments in the memory of the device."""
 
   q: Ref  # [W, K, 2, 64, D]
-  k: Ref  # [N, K, tiles per block, tokens per copy, D]
-  v: Ref  # [N, K, tiles per block, tokens per copy, D]
+  pools: tuple[Pool, Pool]  # of keys, and of values
   block_tables: Ref  # [S, P]
   seq_lens: Ref  # [S]
   cu_seqlens: Ref  # [S + 1]
@@ -225,30 +261,19 @@ class _Scratch(NamedTuple):
   """Shared memory of a program, and the barriers by which its threads meet."""
 
   q: Ref  # [2, 64, D], and in the end the result
-  k: Ref  # [stages, tile, D]
-  v: Ref  # [stages, tile, D]
+  copied: tuple[Ring, ...]  # from each pool
+  wide: tuple[Ring, ...]  # what quantised tiles become, if any are
   lse: Ref  # [2, 64]
   q_here: Ref  # [2]
-  k_here: Ref  # [stages]
-  v_here: Ref  # [stages]
-  k_free: Ref  # [stages]
-  v_free: Ref  # [stages]
   buried: Ref
   weights: Ref  # [2, 64, tile]; None where they stay in registers
-
-  def rings(self, inputs: _Inputs) -> tuple[Ring, Ring]:
-    """Of keys, and of values."""
-    return (
-      Ring(inputs.k, self.k, self.k_here, self.k_free),
-      Ring(inputs.v, self.v, self.v_here, self.v_free),
-    )
 
 
 def _positions(
   inputs: _Inputs, layer: Layer, number: Array, row: Array
 ) -> tuple[Array, Array, Array]:
   """Of the first query of a tile and of its last, and the length of its row."""
-  max_len = inputs.block_tables.shape[1] * inputs.k.shape[2] * inputs.k.shape[3]
+  max_len = inputs.block_tables.shape[1] * inputs.pools[0].block_size
   length = jnp.minimum(inputs.seq_lens[row], max_len)
   query_len = inputs.cu_seqlens[row + 1] - inputs.cu_seqlens[row]
   token = lax.div(inputs.first[number], jnp.int32(layer.group))
@@ -262,15 +287,17 @@ def _piece_at(
   """The tiles of keys that some query of a tile sees."""
   row = inputs.rows[number]
   top, bottom, length = _positions(inputs, layer, number, row)
-  first = jnp.int32(0)
+  begin = jnp.int32(0)
   if layer.sliding_window is not None:
-    first = lax.div(jnp.maximum(top - (layer.sliding_window - 1), 0), jnp.int32(tile))
+    begin = jnp.maximum(top - (layer.sliding_window - 1), 0)
+  first = lax.div(begin, jnp.int32(tile))
   return Piece(
     number=number,
     head=head,
     row=row,
     first=first,
     last=jnp.maximum(lax.div(bottom + tile, jnp.int32(tile)), first),
+    begin=begin,
     length=length,
     done=done,
   )
@@ -281,11 +308,9 @@ def _compute(
 ) -> None:
   """Attends over the keys of a tile of queries, by each of two warpgroups."""
   thread = lax.axis_index("thread")
-  tile, head_dim = scratch.k.shape[1:]
-  first, last, length = _positions(inputs, layer, piece.number, piece.row)
-  begin = jnp.int32(0)
-  if layer.sliding_window is not None:
-    begin = jnp.maximum(first - (layer.sliding_window - 1), 0)
+  key_ring, value_ring = scratch.wide or scratch.copied
+  tile, head_dim = key_ring.tiles.shape[1:]
+  first, last, _ = _positions(inputs, layer, piece.number, piece.row)
   q, q_here = scratch.q.at[thread], scratch.q_here.at[thread]
   plgpu.copy_gmem_to_smem(inputs.q.at[piece.number, piece.head, thread], q, q_here)
   plgpu.barrier_wait(q_here)
@@ -297,21 +322,22 @@ def _compute(
     index: Array, state: tuple[Array, ...], *, is_masked: bool
   ) -> tuple[Array, ...]:
     acc, top, total = state
-    slot = ring.slot_of(scratch.k, piece, index)
-    keys, values = scratch.k.at[slot], scratch.v.at[slot]
-    if is_masked:  # Here, where most registers are free.
-      plgpu.barrier_wait(scratch.v_here.at[slot])
+    slot = ring.slot_of(key_ring, piece, index)
+    keys, values = key_ring.tiles.at[slot], value_ring.tiles.at[slot]
+    is_buried = is_masked and not scratch.wide  # else it was done
+    if is_buried:  # Here, where most registers are free.
+      plgpu.barrier_wait(value_ring.here.at[slot])
 
-      @pl.when((index * tile < begin) | ((index + 1) * tile > length))
+      @pl.when((index * tile < piece.begin) | ((index + 1) * tile > piece.length))
       def _() -> None:
-        _bury(values, thread, index * tile, begin, length)
+        _bury(values, thread, index * tile, piece)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch.buried)
         plgpu.barrier_wait(scratch.buried)
 
-    plgpu.barrier_wait(scratch.k_here.at[slot])
+    plgpu.barrier_wait(key_ring.here.at[slot])
     logits = ring.product(q, keys.T, (_ROWS, tile))
-    plgpu.barrier_arrive(scratch.k_free.at[slot])
+    plgpu.barrier_arrive(key_ring.free.at[slot])
     if cap is not None:
       logits = jnp.tanh(logits * (layer.sm_scale / cap))
     mask = None
@@ -331,17 +357,14 @@ def _compute(
       acc, new_top, total, weights = lax.optimization_barrier(
         (acc, new_top, total, weights)
       )
-    if not is_masked:
-      plgpu.barrier_wait(scratch.v_here.at[slot])
-    if scratch.weights is None:
-      acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(
-        plgpu.ACC.init(acc)
-      )
-    else:  # The interpreter multiplies shared memory alone, and adds nothing up.
+    if not is_buried:
+      plgpu.barrier_wait(value_ring.here.at[slot])
+    if scratch.weights is not None:  # The interpreter multiplies shared memory alone.
       scratch.weights.at[thread][...] = weights
       plgpu.commit_smem()
-      acc = acc + ring.product(scratch.weights.at[thread], values, acc.shape)
-    plgpu.barrier_arrive(scratch.v_free.at[slot])
+      weights = scratch.weights.at[thread]
+    acc = ring.add_product(acc, weights, values, layer)
+    plgpu.barrier_arrive(value_ring.free.at[slot])
     return acc, new_top, total
 
   top, total = ring.full((_ROWS,), NEG, _BY_ROW), ring.full((_ROWS,), 0.0, _BY_ROW)
@@ -384,18 +407,17 @@ def _mask(shape: tuple[int, ...], first: Array, start: Array, layer: Layer) -> A
   return mask
 
 
-def _bury(
-  values: Ref, thread: Array, start: Array, begin: Array, length: Array
-) -> None:
+def _bury(values: Ref, thread: Array, start: Array, piece: Piece) -> None:
   """Zeroes the values that nobody sees, each warpgroup in a half of the squares."""
   tile, head_dim = values.shape
-  for column in range(0, head_dim, SQUARE):
+  side = math.gcd(head_dim, SQUARE)
+  for column in range(0, head_dim, side):
     for row in range(0, tile, SQUARE):
 
-      @pl.when(thread == (row + column) // SQUARE % _COMPUTING)
+      @pl.when(thread == (row // SQUARE + column // side) % _COMPUTING)
       def _(row: int = row, column: int = column) -> None:
-        square = values.at[pl.ds(row, SQUARE), pl.ds(column, SQUARE)]
-        ring.bury(square, start + row, begin, length)
+        square = values.at[pl.ds(row, SQUARE), pl.ds(column, side)]
+        ring.bury(square, start + row, piece)
 
 
 def _spread(x: Array, shape: tuple[int, ...]) -> Array:

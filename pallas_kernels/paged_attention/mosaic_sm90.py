@@ -30,21 +30,23 @@ def why_not(
   **_: Any,
 ) -> str | None:
   """Says why this backend cannot serve such arguments; None if it can."""
-  dtypes = [x.dtype for x in (q, k, v) if x is not None]
-  if k_scale is not None or len(set(dtypes)) > 1:
-    return f"q, k and v must be of one type, got {', '.join(map(str, dtypes))}"
   if q.dtype.name not in ("bfloat16", "float16"):
     return f"q must be bfloat16 or float16, got {q.dtype}"
-  if v is None:
-    for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v_head_dim)):
-      if width % 64 or width > 576:
-        return f"{name} must be a multiple of 64 up to 576 without v, got {width}"
-  else:
-    for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v_head_dim)):
-      if width not in (64, 128, 256):
-        return f"{name} must be 64, 128 or 256, got {width}"
-  if k.shape[2] not in (8, 16, 32, 64, 128):
-    return f"block_size must be a power of two from 8 to 128, got {k.shape[2]}"
+  is_quantised = k_scale is not None
+  for name, x in (("k", k), ("v", v)):
+    if x is not None and (x.dtype.itemsize > 1 if is_quantised else x.dtype != q.dtype):
+      kinds = "int8 or float8" if is_quantised else q.dtype
+      return f"{name} must be {kinds}, got {x.dtype}"
+  widths = (64, 96, 128, 256) if is_quantised else (64, 80, 96, 128, 256)
+  for name, width in (("head_dim", k.shape[-1]), ("v_head_dim", v_head_dim)):
+    if v is None and (width % 64 or width > 576):
+      return f"{name} must be a multiple of 64 up to 576 without v, got {width}"
+    if v is not None and width not in widths:
+      return f"{name} must be one of {widths} with {k.dtype}, got {width}"
+  # Copies of scales end where 128 bytes begin.
+  sizes = (32, 64, 128) if is_quantised else (8, 16, 32, 64, 128)
+  if k.shape[2] not in sizes:
+    return f"block_size must be one of {sizes} with {k.dtype}, got {k.shape[2]}"
   if not is_causal:
     return "it needs is_causal"
   if not sm_scale > 0:
@@ -73,6 +75,8 @@ def paged_attention(
   sliding_window: int | None = None,
   logits_soft_cap: float | None = None,
   sinks: Array | None = None,
+  k_scale: Array | None = None,
+  v_scale: Array | None = None,
   v_head_dim: int,
   plan: Plan | None = None,
   interpret: Any = None,
@@ -89,6 +93,7 @@ def paged_attention(
     sm_scale=sm_scale,
     sliding_window=sliding_window,
     logits_soft_cap=logits_soft_cap,
+    is_interpreted=interpret is not None,
   )
   splits, *tiles = cuts(
     k,
@@ -108,6 +113,8 @@ def paged_attention(
       *(q, k, v, block_tables, seq_lens, cu_seqlens),
       queue,
       layer,
+      k_scale=k_scale,
+      v_scale=v_scale,
       v_head_dim=v_head_dim,
       max_queries=splits.max_queries,
       interpret=interpret,
@@ -132,6 +139,8 @@ def paged_attention(
         sinks,
         work,
         layer,
+        k_scale=k_scale,
+        v_scale=v_scale,
         interpret=interpret,
       )
   assert results is not None

@@ -22,8 +22,8 @@ def paged_attention(
   v_head_dim: int | None = None,
 ) -> tuple[Array, Array]:
   """Same contract as `paged_attention` of this package, outside of jit; with `lse`."""
-  k = _dequantise(k, k_scale)
-  v = k[..., :v_head_dim] if v is None else _dequantise(v, v_scale)
+  k = dequantise(k, k_scale)
+  v = k[..., :v_head_dim] if v is None else dequantise(v, v_scale)
   num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
   out = jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32)
   lse = jnp.full(q.shape[:2], -jnp.inf)
@@ -61,7 +61,8 @@ def paged_attention(
   return out.astype(q.dtype), lse
 
 
-def _dequantise(pool: Array, scale: Array | None) -> Array:
+def dequantise(pool: Array, scale: Array | None) -> Array:
+  """In float32, by the scales of its tokens if it has any."""
   if pool.dtype == jnp.uint8:
     pool = jax.lax.bitcast_convert_type(pool, jnp.float8_e4m3fn)
   pool = pool.astype(jnp.float32)
