@@ -93,8 +93,8 @@ def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(
   assert resident(kernel) >= num_resident, kernel
 
 
-# A warpgroup that computes has 232 registers a thread; with heads of 256 it keeps some
-# numbers that it needs once per tile of queries in memory.
+# With heads of 256 a warpgroup keeps some numbers that it needs once per tile of queries
+# in memory.
 MAX_SPILL_BYTES = {256: 40}
 MAX_TEMP_BYTES = 80 << 20  # queries and results by tiles, and those of the other rows
 MAX_PREFILL_SHARED_BYTES = {
@@ -111,6 +111,7 @@ MAX_PREFILL_SHARED_BYTES = {
   ("name", "num_seqs", "num_tokens"),
   [
     ("llama-3-8b", 1, 4096),
+    ("llama-3-8b block 8", 1, 4096),
     ("llama-3-8b block 16", 1, 4096),
     ("llama-3-8b block 128", 32, 1024),
     ("llama-3-8b float16", 32, 1024),

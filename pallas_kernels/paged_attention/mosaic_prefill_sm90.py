@@ -40,10 +40,6 @@ _ROWS = 64
 """Queries of a warpgroup, the height of its products."""
 _COMPUTING = 2
 """Warpgroups that do."""
-_REGISTERS: tuple[int, ...] = (232, 40)
-"""Of the threads that compute, and of those that fetch; 64 Ki in all."""
-_REGISTERS_OF_FOUR: tuple[int, ...] = (208, 24, 72)
-"""The same beside threads that make tiles of quantised ones, and of these."""
 _SHARED_BYTES = 208 << 10
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -162,7 +158,7 @@ def _attend(
     num_stages=num_stages,
     num_wide=num_wide,
   )
-  registers = _REGISTERS_OF_FOUR if wide else _REGISTERS
+  registers = _registers(head_dim, is_quantised=bool(wide))
 
   def paged_attention_prefill_sm90(
     inputs: _Inputs, out: Ref, lse: Ref, *refs: Any
@@ -227,6 +223,13 @@ def _attend(
 def tile_of(head_dim: int) -> int:
   """Tokens per tile of keys."""
   return 128 if head_dim <= 128 else 64
+
+
+def _registers(head_dim: int, *, is_quantised: bool) -> tuple[int, ...]:
+  """Of the threads that compute, fetch, and widen quantised tiles; 64 Ki in all."""
+  if is_quantised:
+    return 208, 24, 72
+  return (232, 40) if head_dim > 128 else (224, 56)
 
 
 def _stages(q: Array, pools: tuple[Pool, Pool], tile: int) -> tuple[int, int]:
