@@ -190,6 +190,21 @@ class Module:
       and not self.is_in_place(i, min_elements)
     ]
 
+  def reads(
+    self, min_elements: int, computation: str | None = None
+  ) -> list[Instruction]:
+    """Instructions outside of fusions, once per array of `min_elements` they are given.
+
+    Some read little of it, such as gathers.
+    """
+    return [
+      i
+      for i in self.walk(computation)
+      if i.opcode not in _PLUMBING
+      for o in self.operands(i)
+      if o.num_elements >= min_elements
+    ]
+
   def moves(self, computation: str | None = None) -> list[Instruction]:
     """Instructions that compute nothing: their results are their operands' elements.
 
