@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +15,39 @@ HEADS, KV_HEADS, HEAD_DIM, VOCAB, NUM_LAYERS = 4, 2, 8, 64, 2
 WIDTH = HEADS * HEAD_DIM
 
 
-def make_weights(key: jax.Array) -> dict[str, jax.Array]:
-  """Random weights; those of the layers are stacked."""
+def make_weights(key: jax.Array) -> dict[str, Any]:
+  """Random weights; each layer has arrays of its own."""
+  layer = {
+    "q": (WIDTH, HEADS, HEAD_DIM),
+    "k": (WIDTH, KV_HEADS, HEAD_DIM),
+    "v": (WIDTH, KV_HEADS, HEAD_DIM),
+    "out": (HEADS, HEAD_DIM, WIDTH),
+  }
   shapes = {
     "embedding": (VOCAB, WIDTH),
     "positions": (128, WIDTH),
-    "q": (NUM_LAYERS, WIDTH, HEADS, HEAD_DIM),
-    "k": (NUM_LAYERS, WIDTH, KV_HEADS, HEAD_DIM),
-    "v": (NUM_LAYERS, WIDTH, KV_HEADS, HEAD_DIM),
-    "out": (NUM_LAYERS, HEADS, HEAD_DIM, WIDTH),
+    "layers": [layer] * NUM_LAYERS,
   }
-  keys = jax.random.split(key, len(shapes))
-  return {
-    name: jax.random.normal(key, shape) * WIDTH**-0.5
-    for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-  }
+  leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  keys = jax.random.split(key, len(leaves))
+  made = [
+    jax.random.normal(key, shape) * WIDTH**-0.5
+    for key, shape in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, made)
 
 
 def model(weights, tokens, metadata, ctx):
-  """Computes the step's tokens `[T]`: logits `[S, VOCAB]`, and the cache.
-
-  The layers are scanned, and the cache is the carry: no layer of it is ever sliced out.
-  """
+  """Computes the step's tokens `[T]`: logits `[S, VOCAB]`, and the cache."""
   x = weights["embedding"].at[tokens].get(mode="clip")
   x = x + weights["positions"][metadata.positions]
-
-  def attention_layer(carry, layer_and_weights):
-    x, ctx = carry
-    layer, w = layer_and_weights
+  for layer, w in enumerate(weights["layers"]):
     q = jnp.einsum("tw,whd->thd", x, w["q"])
     k = jnp.einsum("tw,whd->thd", x, w["k"])
     v = jnp.einsum("tw,whd->thd", x, w["v"])
     ctx = kv.write_kv(ctx, layer, k, v, metadata)
     attended = kv.attend(ctx, layer, q, metadata)
-    return (x + jnp.einsum("thd,hdw->tw", attended, w["out"]), ctx), None
-
-  layers = jnp.arange(NUM_LAYERS, dtype=jnp.int32)
-  stacked = {name: weights[name] for name in ("q", "k", "v", "out")}
-  (x, ctx), _ = jax.lax.scan(attention_layer, (x, ctx), (layers, stacked))
+    x = x + jnp.einsum("thd,hdw->tw", attended, w["out"])
   return x[metadata.logits_indices] @ weights["embedding"].T, ctx
 
 

@@ -161,7 +161,7 @@ def sample(
       f"positions must be [S] = {logits.shape[:1]}, got {positions.shape}"
     )
   noise = _gumbel(settings.seed, positions, logits.shape[1])
-  drawn = _first_argmax(lax.optimization_barrier(likely + noise))
+  drawn = _first_argmax(likely + noise)
   likeliest = greedy(logits, settings, positions)
   return jnp.where(settings.temperature > 0, drawn, likeliest)
 
@@ -251,22 +251,34 @@ def token_logprobs(logits: Array, tokens: Array) -> Array:
 def _clean(logits: Array) -> Array:
   """Returns float32 logits with `-inf` in place of NaN.
 
-  They are held: were the compiler to compute them once per use, rounded differently,
-  the largest logit might equal none of them.
+  What comes in is held: were the compiler to compute it once per use, rounded
+  differently, the largest logit might equal none of them. What goes out is not, because
+  every use computes the same of it, and a held copy would be one more `[S, V]` to write
+  and to read.
   """
-  logits = logits.astype(jnp.float32)
-  return lax.optimization_barrier(jnp.where(jnp.isnan(logits), -jnp.inf, logits))
+  logits = lax.optimization_barrier(logits).astype(jnp.float32)
+  return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
 
 
 def _first_argmax(scores: Array) -> Array:
   """Returns the smallest index of each row's maximum.
 
-  Two plain reductions, because XLA's reduction over (value, index) pairs is scalar code
-  on CPU (measured: 3 times slower, 10 with the noise fused into it).
+  One reduction over (value, index) pairs reads the scores once, as far as they are not
+  computed in it. On CPU, where XLA makes scalar code of that (measured: 3 times slower,
+  10 with the noise fused into it), two plain ones.
 
   Args:
-    scores: `[S, V]` without NaN, held (see `_clean`).
+    scores: `[S, V]` without NaN.
   """
+  return lax.platform_dependent(scores, cpu=_argmax_by_two, default=_argmax_by_pairs)
+
+
+def _argmax_by_pairs(scores: Array) -> Array:
+  return lax.argmax(scores, axis=scores.ndim - 1, index_dtype=jnp.int32)
+
+
+def _argmax_by_two(scores: Array) -> Array:
+  scores = lax.optimization_barrier(scores)  # both must see the same bits
   index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
   is_peak = scores == jnp.max(scores, axis=-1, keepdims=True)
   return jnp.min(jnp.where(is_peak, index, scores.shape[-1]), axis=-1)
@@ -299,16 +311,40 @@ def _largest_threshold(keys: Array, amounts: Array, need: Array) -> Array:
     `[S]` uint32: always one of the row's keys.
   """
   # Held, so that the passes read these arrays and do not make them again.
-  keys, amounts = lax.optimization_barrier((keys[:, None, :], amounts[:, None, :]))
+  keys, amounts = lax.optimization_barrier((keys, amounts))
   threshold = jnp.zeros(need.shape, jnp.uint32)
   steps = jnp.arange(1, 4, dtype=jnp.uint32)[None, :]
   for shift in range(30, -2, -2):
     candidates = threshold[:, None] | (steps << jnp.uint32(shift))
-    is_above = keys >= candidates[:, :, None]
-    sums = jnp.sum(jnp.where(is_above, amounts, 0), axis=-1)  # [S, 3]
+    sums = lax.platform_dependent(
+      keys, amounts, candidates, cpu=_sums_by_row, default=_sums_at_once
+    )
     num_steps = jnp.sum((sums >= need[:, None]).astype(jnp.uint32), axis=-1)
     threshold |= num_steps << jnp.uint32(shift)
   return threshold
+
+
+def _sums_by_row(keys: Array, amounts: Array, candidates: Array) -> Array:
+  """Returns `[S, C]`: each candidate's sum of `amounts` where `keys` reach it."""
+  is_above = keys[:, None, :] >= candidates[:, :, None]
+  return jnp.sum(jnp.where(is_above, amounts[:, None, :], 0), axis=-1)
+
+
+def _sums_at_once(keys: Array, amounts: Array, candidates: Array) -> Array:
+  """The same by one reduction of several sums: on a GPU one read of the keys.
+
+  XLA for GPUs compiles `_sums_by_row` to a reduction of `[S, C, V]`, which reads the
+  keys once per candidate.
+  """
+  parts = [
+    jnp.where(keys >= candidates[:, i, None], amounts, 0)
+    for i in range(candidates.shape[1])
+  ]
+
+  def add(a: list[Array], b: list[Array]) -> list[Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+  return jnp.stack(lax.reduce(parts, [jnp.int32(0)] * len(parts), add, (1,)), axis=1)
 
 
 def _fixed_point(weights: Array) -> Array:

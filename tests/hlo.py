@@ -22,6 +22,19 @@ _PLUMBING = {
   "while",
 }
 _UPDATES = {"scatter", "dynamic-update-slice"}
+_MOVES = {
+  "bitcast",
+  "concatenate",
+  "constant",
+  "convert",
+  "copy",
+  "dynamic-slice",
+  "parameter",
+  "reshape",
+  "slice",
+  "transpose",
+  "tuple",
+}
 _SCANS = {"reduce", "reduce-window", "sort", "scan", "map", "convolution", "dot"}
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>\S+) \(.*\{$")
 _ASSIGNMENT = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>\S+) = (?P<rest>.+)$")
@@ -176,6 +189,37 @@ class Module:
       and i.opcode not in _PLUMBING
       and not self.is_in_place(i, min_elements)
     ]
+
+  def reads(
+    self, min_elements: int, computation: str | None = None
+  ) -> list[Instruction]:
+    """Instructions outside of fusions, once per array of `min_elements` they are given.
+
+    Some read little of it, such as gathers.
+    """
+    return [
+      i
+      for i in self.walk(computation)
+      if i.opcode not in _PLUMBING
+      for o in self.operands(i)
+      if o.num_elements >= min_elements
+    ]
+
+  def moves(self, computation: str | None = None) -> list[Instruction]:
+    """Instructions that compute nothing: their results are their operands' elements.
+
+    Of those that a GPU runs beside others (`fusion-start`), what is returned is the
+    result: the root of what they call.
+    """
+    found = []
+    for i in self.walk(computation):
+      if i.opcode in ("fusion", "fusion-start", "async-start"):
+        body = self.computations[i.callees["calls"]]
+        if all(part.opcode in _MOVES or part.num_elements <= 1 for part in body):
+          found.append(self.root(i.callees["calls"]))
+      elif i.opcode in _MOVES - _PLUMBING - {"constant"}:
+        found.append(i)
+    return found
 
   def scans(
     self, min_elements: int, computation: str | None = None

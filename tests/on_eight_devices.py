@@ -157,8 +157,8 @@ def test_the_whole_loop_runs_under_shard_map():
   )
   program = jax.jit(whole, donate_argnums=1).lower(weights, ctx, todo).compile()
   sent = collectives(program)
-  # Behind attention and behind the feed-forward layer, in mixed and in decode steps.
-  assert [i.opcode for i in sent] == ["all-reduce"] * 4
+  # Behind attention and feed-forward of each layer, in mixed and in decode steps.
+  assert [i.opcode for i in sent] == ["all-reduce"] * 4 * MODEL.num_layers
   todo = jax.device_put(todo, NamedSharding(mesh, P("data")))
   ctx, done = program(weights, ctx, todo)
 

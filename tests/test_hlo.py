@@ -46,6 +46,10 @@ def read_then_write(pool, ids):
   return pool.at[0, ids].set(2.0, mode="drop"), values
 
 
+def take_a_layer(pool, ids):
+  return lax.dynamic_slice_in_dim(pool, ids[0], 1)
+
+
 # --- Programs that do not -------------------------------------------------------------
 
 
@@ -133,6 +137,13 @@ def test_aliases_name_output_and_argument():
 
 
 # --- Scans, loops, counts -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("run", "num"), [(take_a_layer, N * D), (mask_all, 0)])
+def test_what_computes_nothing_is_a_move(run, num):
+  module = compile_program(run, POOL, IDS, donate=())
+  moved = [i for i in module.moves() if i.num_elements >= N]
+  assert sum(i.num_elements for i in moved) == num
 
 
 @pytest.mark.parametrize("run", (jnp.sum, jnp.argmax, jnp.sort, jnp.cumsum))

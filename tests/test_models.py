@@ -29,6 +29,7 @@ BASE = LlamaConfig(
   num_heads=4,
   num_kv_heads=2,
   head_dim=8,
+  scan_layers=True,
 )
 VARIANTS = {
   "llama": {},
@@ -148,7 +149,7 @@ def test_padding_tokens_may_be_anything():
 
 
 def test_generate_equals_the_loop_by_hand():
-  config = dataclasses.replace(BASE, scan_layers=True)
+  config = BASE
   function = as_function(make(config))
   expected = greedy(function, context_for(config), PROMPT[:7], 10)
   _, done = kvcache.generate(

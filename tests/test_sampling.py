@@ -192,6 +192,24 @@ def test_mass_in_fixed_point_nearly_fills_int32(vocab_size):
   np.testing.assert_allclose(got, expected, rtol=1e-6, atol=2.0**-31)
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (1, 1)])
+def test_gpus_count_what_the_cpu_counts(shape):
+  """The two forms of one search; a program has one of them, by its platform."""
+  rng = np.random.default_rng(11)
+  keys = jnp.asarray(rng.integers(2**32, size=(3, 50), dtype=np.uint32))
+  amounts = jnp.asarray(rng.integers(1, 99, size=shape), jnp.int32)
+  candidates = jnp.sort(keys[:, [4, 8, 15]], axis=1)
+  at_once = sampling._sums_at_once(keys, amounts, candidates)
+  by_row = sampling._sums_by_row(keys, amounts, candidates)
+  np.testing.assert_array_equal(np.asarray(at_once), np.asarray(by_row))
+  assert (np.asarray(by_row) > 0).all() and len(np.unique(by_row)) > 3
+  scores = jnp.asarray(rng.integers(5, size=(9, 50)), jnp.float32).at[0].set(-INF)
+  by_pairs, by_two = sampling._argmax_by_pairs(scores), sampling._argmax_by_two(scores)
+  np.testing.assert_array_equal(np.asarray(by_pairs), np.asarray(by_two))
+  np.testing.assert_array_equal(by_pairs, np.argmax(scores, axis=1))
+  assert by_pairs.dtype == by_two.dtype == jnp.int32
+
+
 def test_sortable_keeps_order_and_has_one_zero():
   values = np.array(
     [-INF, -3e38, -2.0, -1.5, -1e-37, -0.0, 0.0, 1e-37, 1.5, 2.0, 3e38, INF], np.float32
@@ -398,11 +416,14 @@ def primitives(jaxpr):
 def test_sample_is_straight_line_code():
   settings, positions = settings_of(FULL), jnp.zeros(1, jnp.int32)
   traced = SAMPLE.trace(jnp.zeros((1, 64)), settings, positions)
-  names = set(primitives(traced.jaxpr.jaxpr))
+  listed = list(primitives(traced.jaxpr.jaxpr))
+  names = set(listed)
   assert {"reduce_sum", "reduce_max", "log1p"} <= names
   sorting = set(primitives(jax.jit(lambda x: jnp.sort(x)).trace(positions).jaxpr.jaxpr))
   assert "sort" in sorting  # it does look into nested programs
-  assert not names & {"while", "scan", "cond", "sort", "top_k", "random_bits"}
+  assert not names & {"while", "scan", "sort", "top_k", "random_bits"}
+  # A choice between platforms is made when a program is lowered.
+  assert listed.count("cond") == listed.count("platform_index")
   compiled = traced.lower().compile().as_text()
   assert "fusion(" in compiled
   for operation in ("while(", "sort(", "conditional(", "topk("):

@@ -162,7 +162,7 @@ def load_gguf(
   path: str | pathlib.Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = True,
+  scan_layers: bool = False,
 ) -> Loaded:
   """Loads a model of the Llama family and its tokenizer from a GGUF file.
 

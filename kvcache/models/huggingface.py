@@ -83,7 +83,7 @@ def load_huggingface(
   folder: str | pathlib.Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = True,
+  scan_layers: bool = False,
 ) -> Loaded:
   """Loads a model and its tokenizer from a folder.
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import pathlib
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -23,7 +22,7 @@ def load(
   path: str | pathlib.Path | None = None,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool | None = None,
+  scan_layers: bool = False,
 ) -> Loaded:
   """Loads a model with its tokenizer.
 
@@ -34,8 +33,8 @@ def load(
     dtype: Of weights and activations. Keep float32 on CPU: XLA:CPU widens narrower
       weights in every step.
     scan_layers: Whether to stack the layers' weights and scan over them, as in
-      `LlamaConfig`. None scans except on CPU, where unrolled layers decode up to twice
-      as fast and still compile in seconds.
+      `LlamaConfig`: it compiles faster and decodes slower, because XLA copies each
+      layer's weights out of the stack in every step (see `kvcache.models.llama`).
 
   Raises:
     LoadError: In one line: the path does not exist, is neither kind of checkpoint, is
@@ -44,8 +43,6 @@ def load(
       installed.
   """
   found = find_checkpoint(demo_path() if path is None else path)
-  if scan_layers is None:
-    scan_layers = jax.default_backend() != "cpu"
   loader = load_huggingface if found.is_dir() else load_gguf
   loaded = loader(found, dtype=dtype, scan_layers=scan_layers)
   return loaded if path is None else dataclasses.replace(loaded, source=str(path))
