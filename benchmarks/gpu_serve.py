@@ -114,7 +114,7 @@ def make_scenes(run: Run, model: LlamaConfig) -> list[Scene]:
 
 
 def time_serve(run: Run) -> Iterator[Row]:
-  """Times decode steps of `serve`, layers scanned and then each on its own."""
+  """Times decode steps of `serve`, each layer on its own and then scanned."""
   outside: dict[str, float] = {}
   for scan_layers in run.sizes.scans:
     model = llama(run, scan_layers=scan_layers)
