@@ -57,7 +57,7 @@ class WaitReason(enum.IntEnum):
   NO_BLOCKS = 2
   """There are too few blocks for it, or for one before it."""
   NO_WINDOW_BLOCKS = 3
-  """The pool of a sliding window has too few blocks for it."""
+  """The pool of a sliding window has too few blocks for it, or for one before it."""
   SHARED = 4
   """It waits for another one to compute a prefix that it will adopt."""
   QUEUED = 5

@@ -97,7 +97,7 @@ def _run_drafts(
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
-  num_drafts = jnp.where(needed <= context.num_free(ctx), num_drafts, 0)
+  num_drafts = jnp.where(needed <= jnp.min(context.num_free(ctx)), num_drafts, 0)
 
   query_lens = jnp.where(live, 1 + num_drafts, 0)
   ctx, status = stepping.extend(ctx, query_lens, num_tokens=S * num_each)

@@ -24,7 +24,7 @@ from kvcache import (
   windows,
 )
 from kvcache.config import CacheConfig, NULL_STATE
-from kvcache.context import Context, recurrent_parts
+from kvcache.context import Context, recurrent_parts, shortage
 from kvcache.errors import Status
 from kvcache.metadata import StepMetadata, WindowView
 from kvcache.state_rows import StateRows
@@ -49,10 +49,10 @@ def extend(
 
   Returns:
     `(ctx, status [S])`. Rows are served first come, first served: one that does not
-    fit, in the context's pool or in a sliding window's, and every later one that needs
-    a block, gets `NO_BLOCKS`; likewise
-    `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
-    (negative) rows take nothing from others.
+    fit, and every later one that needs a block, gets `NO_BLOCKS`, or `NO_WINDOW_BLOCKS`
+    where the context's pool has enough for it and those before it, but a sliding
+    window's has not; likewise `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`,
+    `INACTIVE` and `INVALID` (negative) rows take nothing from others.
 
   Example:
     >>> grow = jax.jit(kv.extend)  # a decode step: a token for each row
@@ -91,7 +91,8 @@ def extend(
     takes.append(jnp.where(own, 0, need))
   free = [ctx.pool.num_free, *(window.pool.num_free for window in ctx.windows)]
   ranks, fits = ragged.first_come(jnp.stack(takes), jnp.stack(free), order=order)
-  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  is_enough = ranks[0] + need <= ctx.pool.num_free
+  status = jnp.where(fits, status, shortage(ctx, is_enough))
   need = jnp.where(fits, need, 0)
 
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
