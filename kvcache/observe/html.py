@@ -27,8 +27,8 @@ _MAX_TEXT = 80
 _STYLE = "".join(
   [
     ".kvc{font:12px/1.5 system-ui,sans-serif;max-width:960px;margin:4px 0}",
-    ".kvc h4{font:600 12px/1.5 system-ui,sans-serif;margin:10px 0 3px}",
-    ".kvc h4 span{font-weight:400;opacity:.75}",
+    ".kvc .t{font-weight:600;margin:10px 0 3px}",
+    ".kvc .t span{font-weight:400;opacity:.75}",
     ".kvc .g{display:flex;flex-wrap:wrap;gap:2px}",
     ".kvc i{display:block;width:13px;height:13px;border-radius:2px;",
     "background:rgba(128,136,144,.28)}",
@@ -51,7 +51,8 @@ _STYLE = "".join(
 def show_context(ctx: Context) -> str:
   """What `Context._repr_html_` returns; never raises for what cannot be read."""
   if block_map.obstacle(ctx) is not None:
-    return f"<pre>{escape(text.describe(ctx))}</pre>"
+    told = escape(text.describe(ctx))
+    return f'<pre style="white-space:pre-wrap">{told}</pre>'
   return render_html(ctx)
 
 
@@ -90,7 +91,7 @@ def _pool(found: BlockMap, pool: PoolMap, decode: Decode | None) -> str:
   kinds = pool.kinds[1:]  # without the null block
   width = block_map.bin_width(kinds.size, _MAX_CELLS)
   scale = "" if width == 1 else f"; {width} blocks to a cell"
-  title = f"<h4>{pool.name} <span>{escape(text.counts(pool))}{scale}</span></h4>"
+  title = _title(pool.name, f"{text.counts(pool)}{scale}")
   if width == 1:
     cells = [
       _cell(int(kind), _block_hover(found, pool, block, decode))
@@ -131,8 +132,12 @@ def _rows(found: BlockMap, decode: Decode | None) -> str:
     lines.append(f'<b>{label}</b><div class="g">{"".join(cells)}</div>')
   more = len(found.rows) - len(shown)
   lines.append(f"<b>and {more} more</b>" if more else "")
-  title = f"<h4>sequences <span>{scale}</span></h4>"
-  return f'{title}<div class="r">{"".join(lines)}</div>'
+  return f'{_title("sequences", scale)}<div class="r">{"".join(lines)}</div>'
+
+
+def _title(name: str, more: str) -> str:
+  """Not a heading, which would stand in a notebook's table of contents."""
+  return f'<div class="t">{name} <span>{escape(more)}</span></div>'
 
 
 def _legend(found: BlockMap) -> str:
