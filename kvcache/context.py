@@ -106,6 +106,14 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
     return _VIEWS["html"](self)
 
 
+def check_context(ctx: object) -> None:
+  """Refuses what is no context, such as its configuration; `ValueError`."""
+  if not isinstance(ctx, Context):
+    raise ValueError(
+      f"ctx must be a Context, as kvcache.init makes it, got {type(ctx).__name__}"
+    )
+
+
 _VIEWS: dict[str, Callable[[Context], str]] = {}
 
 
@@ -131,6 +139,8 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     >>> int(ctx.pool.num_free)  # all but the null block
     8
   """
+  if not isinstance(config, CacheConfig):
+    raise ValueError(f"config must be a CacheConfig, got {type(config).__name__}")
   words = arguments.as_int32("salt", salt, shape=()).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
   rows, store, recurrent = None, None, config.recurrent_layer

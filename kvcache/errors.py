@@ -137,6 +137,8 @@ def raise_for_status(
   if not failed.size:
     return
   names = range(codes.size) if request_ids is None else request_ids
+  if len(names) != codes.size:
+    raise ValueError(f"request_ids has {len(names)} names for {codes.size} rows")
   told = ", ".join(f"{names[i]}: {Status(codes[i]).name}" for i in failed[:8])
   more = f" and {failed.size - 8} more" if failed.size > 8 else ""
   raise _EXCEPTIONS[Status(codes[failed[0]])](f"refused {told}{more}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvcache import checkpoint, observe, sampling, sharding
 from kvcache import requests as rq
-from kvcache.context import Context
+from kvcache.context import check_context, Context
 from kvcache.errors import Status
 from kvcache.observe import History
 from kvcache.requests import FinishReason, Requests, RequestStatus, WaitReason
@@ -158,6 +158,7 @@ def generate(
     CheckpointError: `checkpoints` holds what belongs to other prompts, settings or
       another configuration, or cannot be read.
   """
+  check_context(ctx)
   if any(isinstance(x, Tracer) for x in jax.tree.leaves(ctx)):
     raise ValueError(
       "generate runs on the host, but ctx is being traced: within jax.jit or"

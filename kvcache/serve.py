@@ -358,6 +358,11 @@ def serve(
     >>> requests.tokens[0].tolist()
     [7, 7, 7, 2, 3, 4]
   """
+  context.check_context(ctx)
+  if not isinstance(requests, Requests):
+    raise ValueError(
+      f"requests must be Requests, from make_requests, got {type(requests).__name__}"
+    )
   sch.check_budget(ctx, scheduler)
   reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
   if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:

@@ -61,6 +61,7 @@ def extend(
     ['OK', 'INACTIVE']
   """
   config, table = ctx.config, ctx.sequences
+  arguments.check_static("num_tokens", num_tokens)
   query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
   if order is not None:
     order = arguments.as_int32("order", order, shape=(config.max_seqs,))
@@ -154,6 +155,7 @@ def step_metadata(
     ([10, 0], [False, True])
   """
   config = ctx.config
+  arguments.check_static("num_tokens", num_tokens)
   if num_logits < 1 or (num_logits > 1 and num_tokens is None):
     raise ValueError(
       f"num_logits must be 1 in a decode step and at least 1 else, got {num_logits}"
