@@ -43,6 +43,7 @@ autodoc_default_options = {"members": True, "exclude-members": "replace"}
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # signatures have the types
 napoleon_use_rtype = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -62,7 +63,9 @@ for notebook in NOTEBOOKS:
 def add_notebooks(app, name: str, source: list[str]) -> None:
   """Lists the notebooks on the first page, if there are any."""
   if name == "index" and NOTEBOOKS:
-    source[0] += "\n```{toctree}\n:caption: Notebooks\n:glob:\n\nnotebooks/*\n```\n"
+    source[0] += (
+      "\n```{toctree}\n:caption: Notebooks\n:maxdepth: 1\n:glob:\n\nnotebooks/*\n```\n"
+    )
 
 
 # What `ArrayLike` and `DTypeLike` stand for is longer than what it says.

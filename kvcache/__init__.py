@@ -86,6 +86,7 @@ from kvcache.errors import (
   StateError,
   Status,
   TokenBudgetError,
+  WindowOverflowError,
 )
 from kvcache.generation import Completion, generate, Slice
 from kvcache.handoff import (
@@ -190,6 +191,7 @@ __all__ = [
   "TokenBudgetError",
   "WaitReason",
   "WindowBlocks",
+  "WindowOverflowError",
   "WindowView",
   "admit",
   "attend",

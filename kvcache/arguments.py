@@ -1,10 +1,15 @@
 """Reading the arguments of verbs: what cannot be right is refused at trace time."""
 
+from collections.abc import Sequence
+
 import jax
 from jax import Array
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
+
+from kvcache.config import AttentionLayer, CacheConfig, Layer
 
 _INT32 = np.iinfo(np.int32)
 
@@ -18,7 +23,10 @@ def as_int32(
 ) -> Array:
   """Returns the value as int32; `ValueError` if it is no integer or misshapen."""
   check_int32(name, value)
-  array = jnp.asarray(value)
+  try:
+    array = jnp.asarray(value)
+  except ValueError as error:  # of lists whose lengths differ
+    raise ValueError(f"{name} must be an array: {error}") from error
   if not jnp.issubdtype(array.dtype, jnp.integer):
     raise ValueError(f"{name} must be integers, got {array.dtype}{list(array.shape)}")
   if ndim is not None and array.ndim != ndim:
@@ -38,6 +46,27 @@ def check_int32(name: str, value: object) -> None:
       for worst in (host.min(), host.max()):
         if not _INT32.min <= worst <= _INT32.max:
           raise ValueError(f"{name} must fit into int32, got {worst}")
+
+
+def check_static(name: str, value: object) -> None:
+  """Refuses what `jax.jit` traces where a shape depends on it; `ValueError`."""
+  if isinstance(value, Tracer):
+    raise ValueError(
+      f"{name} must be static, because shapes depend on it: name the argument of the"
+      " jitted function that it comes from in static_argnames"
+    )
+
+
+def check_layers(config: CacheConfig, layers: Sequence[Layer]) -> None:
+  """Refuses a context that was made for fewer or more layers; `ValueError`."""
+  num = sum(isinstance(layer, AttentionLayer) for layer in layers)
+  num_recurrent = len(layers) - num
+  if (num, num_recurrent) != (config.num_layers, config.num_recurrent_layers):
+    raise ValueError(
+      f"the model has {num} attention layers and {num_recurrent} recurrent ones, but"
+      f" ctx was made for {config.num_layers} and {config.num_recurrent_layers}: make"
+      " it with the model's cache_layers()"
+    )
 
 
 def as_namespaces(namespace: ArrayLike, num: int) -> Array:

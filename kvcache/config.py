@@ -255,6 +255,8 @@ class CacheConfig:
     return f"CacheConfig(layers={' + '.join(runs)}, {', '.join(sizes)})"
 
   def __post_init__(self):
+    if isinstance(self.layers, AttentionLayer | RecurrentLayer | int):
+      raise ValueError(f"layers must name all layers of the model, got {self.layers!r}")
     object.__setattr__(self, "layers", tuple(self.layers))
     axes = (self.head_axes,) if isinstance(self.head_axes, str) else self.head_axes
     object.__setattr__(self, "head_axes", tuple(axes))
@@ -366,6 +368,8 @@ class CacheConfig:
     """
     if "num_blocks" in sizes:
       raise ValueError("from_memory computes num_blocks; pass num_bytes only")
+    if not isinstance(num_bytes, int | float | np.integer | np.floating):
+      raise ValueError(f"num_bytes must be a number, such as 8e9, got {num_bytes!r}")
     layers = tuple(layers)
     if state_fraction is not None:
       sizes |= _state_sizes(num_bytes, layers, state_fraction, sizes)
@@ -509,7 +513,10 @@ class CacheConfig:
 
 def _kv_dtype(dtype: DTypeLike) -> np.dtype:
   """The dtype, if keys and values can be stored in it."""
-  dtype = np.dtype(dtype)
+  try:
+    dtype = np.dtype(dtype)
+  except TypeError as error:
+    raise ValueError(f"dtype must be one such as 'bfloat16': {error}") from error
   if dtype in _QUANTISED:
     return dtype
   if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:

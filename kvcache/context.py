@@ -29,6 +29,7 @@ from kvcache import (
 )
 from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig
+from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.prefix import PrefixIndex
 from kvcache.publishing import Tables
@@ -105,6 +106,14 @@ class Context(flax.struct.PyTreeNode, kw_only=True):
     return _VIEWS["html"](self)
 
 
+def check_context(ctx: object) -> None:
+  """Refuses what is no context, such as its configuration; `ValueError`."""
+  if not isinstance(ctx, Context):
+    raise ValueError(
+      f"ctx must be a Context, as kvcache.init makes it, got {type(ctx).__name__}"
+    )
+
+
 _VIEWS: dict[str, Callable[[Context], str]] = {}
 
 
@@ -130,6 +139,8 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     >>> int(ctx.pool.num_free)  # all but the null block
     8
   """
+  if not isinstance(config, CacheConfig):
+    raise ValueError(f"config must be a CacheConfig, got {type(config).__name__}")
   words = arguments.as_int32("salt", salt, shape=()).astype(jnp.uint32)
   salts = jnp.stack([words, words ^ np.uint32(0x9E3779B9)])
   rows, store, recurrent = None, None, config.recurrent_layer
@@ -298,9 +309,22 @@ def make_room(ctx: Context, num_blocks: ArrayLike) -> Context:
 
 
 def num_free(ctx: Context) -> Array:
-  """`[]` int32: blocks that are free in every pool."""
+  """`[1 + W]` int32: free blocks of the context's pool and of each window's."""
   pools = [ctx.pool, *(window.pool for window in ctx.windows)]
-  return jnp.min(jnp.stack([pool.num_free for pool in pools]))
+  return jnp.stack([pool.num_free for pool in pools])
+
+
+def shortage(ctx: Context, is_enough: Array) -> ArrayLike:
+  """`Status` of those who lack blocks.
+
+  Args:
+    ctx: The context.
+    is_enough: `[...]` bool. Whether its own pool has what each needs, so that it is a
+      sliding window's which has not.
+  """
+  if not ctx.windows:
+    return Status.NO_BLOCKS
+  return jnp.where(is_enough, Status.NO_WINDOW_BLOCKS, Status.NO_BLOCKS)
 
 
 def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:

@@ -18,7 +18,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, stepping
+from kvcache import ragged, sharding, stepping
 from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.errors import Status
@@ -46,7 +46,8 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     config: Of the draft context: as many rows as the one it drafts for, and layers that
       keep every token: none is recurrent or has a sliding window.
       `max_seqs * max_blocks_per_seq` blocks and the null block are enough for all; rows
-      that find none, or grow too long, have no drafts.
+      that find none, or grow too long, have no drafts. With `head_axes` its heads are
+      split like those of the model it drafts for; without, each device has all of it.
     num_drafts: `J`, drafts per row.
     chunk_size: Tokens that rows catch up with in one step, all together: at least two
       per row.
@@ -81,7 +82,7 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
 
   def init(self) -> Context:
     """Makes the draft context; its rows are active for good."""
-    ctx = context.init(self.config)
+    ctx = sharding.init_part(self.config)
     is_active = jnp.ones(self.config.max_seqs, bool)
     return ctx.replace(sequences=ctx.sequences.replace(is_active=is_active))
 
@@ -107,6 +108,7 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
     at = jnp.minimum(metadata.positions, requests.capacity - 1)
     packed = tokens[metadata.seq_ids, at]
     logits, ctx = self.model(packed, metadata, ctx)
+    logits = sharding.gather_logits(metadata.head_axes, logits)
     ctx = stepping.commit(ctx, packed, metadata)
     drafting = (query_lens > 0) & (ctx.sequences.seq_lens == lengths)
     first = sampler(logits, batch.settings, lengths)
@@ -121,6 +123,7 @@ class DraftModel(flax.struct.PyTreeNode, kw_only=True):
       drafting &= status == Status.OK
       metadata = stepping.step_metadata(ctx, drafting.astype(jnp.int32))
       logits, ctx = self.model(last, metadata, ctx)
+      logits = sharding.gather_logits(metadata.head_axes, logits)
       ctx = stepping.commit(ctx, last, metadata)
       after = sampler(logits, batch.settings, lengths + i)
       drafts = lax.dynamic_update_index_in_dim(drafts, after, i, axis=1)

@@ -25,6 +25,10 @@ class BlockOverflowError(CacheError):
   """There were fewer free blocks than needed."""
 
 
+class WindowOverflowError(BlockOverflowError):
+  """There were fewer free blocks than needed in the pool of a sliding window."""
+
+
 class TokenBudgetError(CacheError):
   """More tokens were asked for than the step's static number of tokens."""
 
@@ -61,7 +65,9 @@ class Status(enum.IntEnum):
   """What became of one row of a call.
 
   Transient codes may succeed when asked again later, after blocks or rows were freed;
-  permanent ones never will.
+  permanent ones never will. `NO_BLOCKS` says that the context's own pool is short, and
+  `evict` may help; `NO_WINDOW_BLOCKS`, that it would have done and a sliding window's
+  pool is short, where `publish` and then `evict_window_blocks` may help.
   """
 
   OK = 0
@@ -73,11 +79,12 @@ class Status(enum.IntEnum):
   INACTIVE = 6
   INVALID = 7
   NO_STATE = 8
+  NO_WINDOW_BLOCKS = 9
 
   @property
   def is_transient(self) -> bool:
     """Whether asking again later can succeed."""
-    return self in (Status.NO_ROW, Status.NO_BLOCKS, Status.OVER_BUDGET)
+    return self in _TRANSIENT
 
   @property
   def is_permanent(self) -> bool:
@@ -85,9 +92,17 @@ class Status(enum.IntEnum):
     return self is not Status.OK and not self.is_transient
 
 
+_TRANSIENT = (
+  Status.NO_ROW,
+  Status.NO_BLOCKS,
+  Status.NO_WINDOW_BLOCKS,
+  Status.OVER_BUDGET,
+)
+
 _EXCEPTIONS: dict[Status, type[CacheError]] = {
   Status.NO_ROW: SequenceOverflowError,
   Status.NO_BLOCKS: BlockOverflowError,
+  Status.NO_WINDOW_BLOCKS: WindowOverflowError,
   Status.OVER_BUDGET: TokenBudgetError,
   Status.TOO_LONG: SequenceTooLongError,
   Status.EMPTY: EmptySequenceError,
@@ -122,6 +137,8 @@ def raise_for_status(
   if not failed.size:
     return
   names = range(codes.size) if request_ids is None else request_ids
+  if len(names) != codes.size:
+    raise ValueError(f"request_ids has {len(names)} names for {codes.size} rows")
   told = ", ".join(f"{names[i]}: {Status(codes[i]).name}" for i in failed[:8])
   more = f" and {failed.size - 8} more" if failed.size > 8 else ""
   raise _EXCEPTIONS[Status(codes[failed[0]])](f"refused {told}{more}")

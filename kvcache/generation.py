@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 from kvcache import checkpoint, observe, sampling, sharding
 from kvcache import requests as rq
-from kvcache.context import Context
+from kvcache.context import check_context, Context
 from kvcache.errors import Status
 from kvcache.observe import History
 from kvcache.requests import FinishReason, Requests, RequestStatus, WaitReason
@@ -121,6 +122,10 @@ def generate(
 ) -> tuple[Context, list[Completion]]:
   """Generates from prompts: `serve` in slices, with a look at the progress after each.
 
+  It runs on the host and compiles the slices itself. On several devices call it under
+  `jax.set_mesh`, with a model whose weights are spread (`nn.place_weights`): XLA splits
+  the rest. Within `jax.jit` or `jax.shard_map` call `serve`.
+
   Args:
     model: The model. If it owns arrays make it a `jax.tree_util.Partial`, so that they
       are arguments of the compiled loop and not constants in it.
@@ -148,10 +153,17 @@ def generate(
     The context after, and one completion per prompt, in order.
 
   Raises:
-    ValueError: An argument has the wrong length or range.
+    ValueError: An argument has the wrong length or range, or this is called within
+      `jax.jit` or `jax.shard_map`.
     CheckpointError: `checkpoints` holds what belongs to other prompts, settings or
       another configuration, or cannot be read.
   """
+  check_context(ctx)
+  if any(isinstance(x, Tracer) for x in jax.tree.leaves(ctx)):
+    raise ValueError(
+      "generate runs on the host, but ctx is being traced: within jax.jit or"
+      " jax.shard_map call kvcache.serve"
+    )
   if slice_steps < 1:
     raise ValueError(f"slice_steps must be at least 1, got {slice_steps}")
   requests = rq.make_requests(

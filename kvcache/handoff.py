@@ -29,7 +29,7 @@ from kvcache import (
   states,
   windows,
 )
-from kvcache.context import Context, publish
+from kvcache.context import Context, publish, shortage
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.publishing import Tables
@@ -125,7 +125,7 @@ def import_sequences(
 
   Returns:
     `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INVALID`,
-    `TOO_LONG`, `NO_ROW`, `NO_BLOCKS`).
+    `TOO_LONG`, `NO_ROW`, `NO_BLOCKS`, `NO_WINDOW_BLOCKS`).
 
   Raises:
     ValueError: The layers keep other things than those of the exporting context.
@@ -146,14 +146,16 @@ def import_sequences(
   has_row = wanted & (rank < ragged.sum_int(~table.is_active))
   status = jnp.where(wanted & ~has_row, Status.NO_ROW, status)
   need = jnp.where(has_row, (lengths + (size - 1)) // size - num_hits, 0)
-  _, fits = ragged.first_come(need, pool.num_free)
+  _, is_enough = ragged.first_come(need, pool.num_free)
+  fits = is_enough
   window_needs = []
   for window in window_blocks:
     first = windows.first_needed(window, lengths)
     wanted_here = jnp.where(has_row, (lengths + (size - 1)) // size - first, 0)
     fits &= ragged.first_come(wanted_here, window.pool.num_free)[1]
     window_needs.append(wanted_here)
-  status = jnp.where(has_row & ~fits, Status.NO_BLOCKS, status).astype(jnp.int32)
+  short = shortage(ctx, is_enough)
+  status = jnp.where(has_row & ~fits, short, status).astype(jnp.int32)
   ok = status == Status.OK
   rows = sequences.inactive_rows(table, num_seqs)[ragged.ranks(ok)]
   rows = ragged.masked(rows, ok, config.max_seqs)

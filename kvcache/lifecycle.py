@@ -22,7 +22,7 @@ from kvcache import (
 )
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK, NULL_STATE
-from kvcache.context import Context, init, publish, total
+from kvcache.context import Context, init, publish, shortage, total
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.publishing import Tables
@@ -259,7 +259,7 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
 
   Returns:
     `(ctx, seq_ids [F], status [F])`: the new rows, -1 where refused (`INACTIVE`,
-    `NO_ROW`, `NO_BLOCKS`).
+    `NO_ROW`, `NO_BLOCKS`, `NO_WINDOW_BLOCKS`).
 
   Example:
     >>> ctx, seq_ids, status = jax.jit(kv.fork)(started, jnp.array([0]))
@@ -282,9 +282,10 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
   num_full = seq_lens // config.block_size
   is_partial = seq_lens % config.block_size > 0
   copies_last = has_row & is_partial
-  fits = _fits(copies_last, pool) & _all_fit(window_blocks, copies_last)
+  is_enough = _fits(copies_last, pool)
+  fits = is_enough & _all_fit(window_blocks, copies_last)
   ok = has_row & fits
-  status = jnp.where(fits, Status.OK, Status.NO_BLOCKS)
+  status = jnp.where(fits, Status.OK, shortage(ctx, is_enough))
   status = jnp.where(has_row, status, Status.NO_ROW)
   status = jnp.where(live, status, Status.INACTIVE).astype(jnp.int32)
   rows = sequences.inactive_rows(table, src.shape[0])[rank]
@@ -375,8 +376,8 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   Returns:
     `(ctx, status [S])`. `INVALID` (negative, or more than stored), `INACTIVE`,
     `NO_STATE` where no recurrent state stands at the length wanted, or what a sliding
-    window needs there is gone, or `NO_BLOCKS` where the copy found no free block: those
-    rows are unchanged.
+    window needs there is gone, `NO_BLOCKS` or `NO_WINDOW_BLOCKS` where the copy found
+    no free block: those rows are unchanged.
 
   Example:
     >>> ctx, status = jax.jit(kv.rewind)(started, jnp.array([3, 0]))
@@ -409,7 +410,8 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
   is_partial = seq_lens % config.block_size > 0
   is_frozen = (pool.ref_counts[last] > 1) | index.is_cached(last)
   copies = ragged.hold(drops & is_partial & is_frozen)
-  fits = _fits(copies, pool)
+  is_enough = _fits(copies, pool)
+  fits = is_enough
   window_last, window_copies = [], []
   for window in window_blocks:
     ids = ragged.hold(windows.block_at(window, table, column))
@@ -417,7 +419,7 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     window_last.append(ids)
     window_copies.append(ragged.hold(drops & is_partial & is_frozen))
     fits &= _fits(window_copies[-1], window.pool)
-  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  status = jnp.where(fits, status, shortage(ctx, is_enough))
   drops, copies = drops & fits, copies & fits
   window_copies = [wants & fits for wants in window_copies]
   seq_lens = jnp.where(drops, seq_lens, table.seq_lens)

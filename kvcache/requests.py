@@ -57,7 +57,7 @@ class WaitReason(enum.IntEnum):
   NO_BLOCKS = 2
   """There are too few blocks for it, or for one before it."""
   NO_WINDOW_BLOCKS = 3
-  """The pool of a sliding window has too few blocks for it."""
+  """The pool of a sliding window has too few blocks for it, or for one before it."""
   SHARED = 4
   """It waits for another one to compute a prefix that it will adopt."""
   QUEUED = 5
@@ -389,6 +389,8 @@ def _stop_lists(
   stop_tokens: Sequence[int] | Sequence[Sequence[int]], num: int
 ) -> list[list[int]]:
   """One list of stop tokens for each request, from one for all or one for each."""
+  if isinstance(stop_tokens, int | np.integer | str):
+    raise ValueError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
   for_all = [stop for stop in stop_tokens if isinstance(stop, int | np.integer)]
   if len(for_all) == len(stop_tokens):
     return [[int(stop) for stop in for_all]] * num

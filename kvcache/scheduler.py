@@ -117,9 +117,9 @@ def schedule(
   policy = scheduler.admission
   requests = _count_waits(requests)
   ctx, requests = _release_finished(context.publish(ctx), requests)
-  ctx, requests, num_preempted = _preempt(ctx, requests, scheduler)
+  ctx, requests, shortage = _preempt(ctx, requests, scheduler)
   order = policy(ctx, requests)
-  ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, num_preempted)
+  ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, shortage)
   ctx, requests, plan = _share_budget(ctx, requests, scheduler, policy(ctx, requests))
   return ctx, requests, plan.replace(is_stalled=is_stalled)
 
@@ -143,14 +143,21 @@ def running(ctx: Context, requests: Requests) -> Batch:
 
 
 def num_available(ctx: Context) -> Array:
-  """`[]` int32: blocks that are free or can be made so by eviction, in every pool."""
-  return jnp.min(_num_reachable(ctx))
-
-
-def _num_reachable(ctx: Context) -> Array:
   """`[1 + W]` int32: free and evictable blocks of the context and of each window."""
   main = ctx.pool.num_free + ctx.prefix.num_evictable
   return jnp.stack([main, *(w.pool.num_free + w.ring.num_waiting for w in ctx.windows)])
+
+
+def _shortage(num_blocks: Array) -> Array:
+  """`[]` int32 `WaitReason` of those for whom blocks are too few.
+
+  Args:
+    num_blocks: `[1 + W]` int32, in the context's pool and in each window's. The
+      scarcest is the one that is named; of equal ones the context's.
+  """
+  is_window = jnp.argmin(num_blocks) > 0
+  reason = jnp.where(is_window, WaitReason.NO_WINDOW_BLOCKS, WaitReason.NO_BLOCKS)
+  return reason.astype(jnp.int32)
 
 
 def needs_block(ctx: Context, mask: Array) -> Array:
@@ -213,7 +220,12 @@ def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Reques
 def _preempt(
   ctx: Context, requests: Requests, scheduler: SchedulerConfig
 ) -> tuple[Context, Requests, Array]:
-  """Sends the last running requests back until the others can take a token each."""
+  """Sends the last running requests back until the others can take a token each.
+
+  Returns:
+    The context and the requests after, and `[]` int32 `WaitReason`: what was short when
+    the last one was sent back, `NONE` if nobody was.
+  """
   policy = scheduler.preemption or scheduler.admission
 
   def must_serve(ctx: Context, requests: Requests) -> tuple[Array, Array]:
@@ -228,10 +240,12 @@ def _preempt(
 
   def is_short(state: tuple[Context, Requests, Array]) -> Array:
     needed, live = must_serve(state[0], state[1])
-    return (needed > num_available(state[0])) & (ragged.sum_int(live) > 1)
+    is_short = jnp.any(needed > num_available(state[0]))
+    return is_short & (ragged.sum_int(live) > 1)
 
   def preempt_last(state: tuple[Context, Requests, Array]):
-    ctx, requests, num = state
+    ctx, requests, _ = state
+    shortage = _shortage(num_available(ctx))
     batch = running(ctx, requests)
     live = ctx.sequences.is_active
     at = jnp.minimum(batch.request_ids, requests.num_requests - 1)
@@ -245,10 +259,11 @@ def _preempt(
       seq_ids=requests.seq_ids.at[request].set(-1),
       num_preemptions=requests.num_preemptions.at[request].add(1),
     )
-    return ctx, requests, num + 1
+    return ctx, requests, shortage
 
   # Ends because every round ends one live row.
-  return lax.while_loop(is_short, preempt_last, (ctx, requests, jnp.int32(0)))
+  nothing = jnp.int32(WaitReason.NONE)
+  return lax.while_loop(is_short, preempt_last, (ctx, requests, nothing))
 
 
 def _admit(
@@ -256,14 +271,18 @@ def _admit(
   requests: Requests,
   scheduler: SchedulerConfig,
   order: Array,
-  num_preempted: Array,
+  shortage: Array,
 ) -> tuple[Context, Requests, Array]:
-  """Admits waiting requests in order, as far as rows and blocks reach."""
+  """Admits waiting requests in order, as far as rows and blocks reach.
+
+  Nobody if others were just sent back for a `shortage`, `[]` int32 `WaitReason`.
+  """
   config = ctx.config
+  is_short = shortage != WaitReason.NONE
   num_candidates = min(scheduler.max_admissions, requests.num_requests, config.max_seqs)
   waiting = requests.status == RequestStatus.WAITING
   keys, candidates = _smallest(jnp.where(waiting, order, _LAST), num_candidates)
-  is_candidate = (keys < _LAST) & (num_preempted == 0)
+  is_candidate = (keys < _LAST) & ~is_short
   lengths = jnp.where(is_candidate, requests.lengths[candidates], 0)
   prompts = requests.tokens[candidates, : config.max_tokens_per_seq]
   waits = jnp.zeros_like(is_candidate)
@@ -272,7 +291,7 @@ def _admit(
   # Every running row may need one block more soon; a lone request may take the whole
   # pool.
   num_live = ragged.sum_int(ctx.sequences.is_active)
-  budgets = _num_reachable(ctx) - num_live
+  budgets = num_available(ctx) - num_live
   is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, budgets[1:])
   reason = jnp.where(waits, WaitReason.SHARED, WaitReason.NO_ROW)
   reason = jnp.where(is_crowded, WaitReason.NO_WINDOW_BLOCKS, reason)
@@ -309,14 +328,14 @@ def _admit(
   others = jnp.where(
     jnp.all(ctx.sequences.is_active), WaitReason.NO_ROW, WaitReason.QUEUED
   )
-  others = jnp.where(num_preempted > 0, WaitReason.NO_BLOCKS, others)
+  others = jnp.where(is_short, shortage, others)
   waiting = requests.status == RequestStatus.WAITING
   reasons = jnp.where(waiting, others, WaitReason.NONE).astype(jnp.int32)
   to = jnp.where(is_candidate & ~admitted & ~refused, candidates, num)
   requests = requests.replace(
     wait_reason=reasons.at[to].set(reason.astype(jnp.int32), mode="drop")
   )
-  return ctx, requests, jnp.any(lacks_blocks) | (num_preempted > 0)
+  return ctx, requests, jnp.any(lacks_blocks) | is_short
 
 
 def _windows_fit(ctx: Context, lengths: Array, mask: Array, budgets: Array) -> Array:
@@ -438,11 +457,12 @@ def _share_budget(
   target = jnp.maximum(num_needed, watermark)
   ctx = context.make_room(ctx, target)
   # A chunk shrinks to the blocks that are left; later ones wait.
-  free_here = jnp.maximum(context.num_free(ctx) - (jnp.cumsum(need) - need), 0)
+  num_free = context.num_free(ctx)
+  free_here = jnp.maximum(jnp.min(num_free) - (jnp.cumsum(need) - need), 0)
   room = (num_blocks + free_here) * size - seq_lens
   over_budget = (wanted > 0) & (query_lens == 0)
   query_lens = jnp.clip(query_lens, 0, room)
-  reason = jnp.where(over_budget, WaitReason.BUDGET, WaitReason.NO_BLOCKS)
+  reason = jnp.where(over_budget, WaitReason.BUDGET, _shortage(num_free))
   waits = (wanted > 0) & (query_lens == 0)
   to = jnp.where(waits, batch.request_ids[rows], requests.num_requests)
   requests = requests.replace(

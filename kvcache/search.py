@@ -32,8 +32,8 @@ class SearchResult(flax.struct.PyTreeNode, kw_only=True):
     scores: `[B]` float32. Sum of the tokens' log-probabilities.
     ranks: `[B]` float32. What they are ordered by; `-inf` for branches that were lost
       for want of memory.
-    status: `[]` int32 `Status` of the prompt's admission, or `NO_BLOCKS` if memory ran
-      short on the way.
+    status: `[]` int32 `Status` of the prompt's admission, or what the first branch that
+      was lost on the way lacked: `NO_BLOCKS`, `NO_WINDOW_BLOCKS` or `NO_ROW`.
     num_cached: `[]` int32. Tokens of the prompt that were cached.
   """
 
@@ -53,7 +53,7 @@ class _Branches(NamedTuple):
   lengths: Array
   scores: Array
   is_live: Array  # computed on; the others ended, or were never begun
-  was_short: Array  # [] whether memory ran short
+  shortage: Array  # [] int32 `Status`: what the first branch that was lost lacked
 
 
 _Choice = tuple[Array, Array, Array]  # parents, tokens, scores
@@ -215,7 +215,7 @@ def _search(
     lengths=jnp.zeros_like(none),
     scores=jnp.zeros(num_branches, jnp.float32),
     is_live=(jnp.arange(num_branches, dtype=jnp.int32) == 0) & ok,
-    was_short=jnp.zeros((), bool),
+    shortage=jnp.int32(Status.OK),
   )
 
   def expand(
@@ -242,8 +242,7 @@ def _search(
     (ctx, branches, jnp.int32(1)),
   )
   ctx = lifecycle.finish(ctx, _mask(ctx, branches.rows))
-  short = jnp.where(branches.was_short, Status.NO_BLOCKS, Status.OK)
-  status = jnp.where(ok, short, status).astype(jnp.int32)
+  status = jnp.where(ok, branches.shortage, status).astype(jnp.int32)
   return ctx, branches, status, jnp.where(ok, admission.num_cached[0], 0)
 
 
@@ -310,39 +309,46 @@ def _decode(
   logits, ctx = model(tokens, metadata, ctx)
   ctx = stepping.commit(ctx, tokens, metadata)
   is_computed = branches.is_live & wants.at[branches.rows].get(mode="clip")
-  branches = _lose(branches, branches.is_live & ~is_computed)
+  status = status.at[branches.rows].get(mode="clip")
+  branches = _lose(branches, branches.is_live & ~is_computed, status)
   return ctx, branches, _logprobs(logits.at[branches.rows].get(mode="clip"))
 
 
 def _give_up(ctx: Context, branches: _Branches) -> tuple[Context, _Branches]:
   """Ends the worst branches until the others can take a token each."""
 
+  def lacks(ctx: Context, branches: _Branches) -> Array:
+    """`[1 + W]` bool: in which pools."""
+    needs = scheduler.needs_block(ctx, _mask(ctx, branches.rows))
+    return ragged.sum_int(needs) > scheduler.num_available(ctx)
+
   def is_short(state: tuple[Context, _Branches]) -> Array:
-    ctx, branches = state
-    needed = scheduler.needs_block(ctx, _mask(ctx, branches.rows))
-    is_short = ragged.sum_int(needed) > scheduler.num_available(ctx)
-    return is_short & (ragged.sum_int(branches.is_live) > 1)
+    return jnp.any(lacks(*state)) & (ragged.sum_int(state[1].is_live) > 1)
 
   def end_worst(state: tuple[Context, _Branches]) -> tuple[Context, _Branches]:
     ctx, branches = state
+    status = context.shortage(ctx, ~lacks(ctx, branches)[0])
     worst = jnp.argmin(jnp.where(branches.is_live, branches.scores, jnp.inf))
     is_worst = jnp.arange(branches.rows.shape[0]) == worst
     none = ctx.config.max_seqs
     gone = _mask(ctx, jnp.where(is_worst, branches.rows, none))
     rows = jnp.where(is_worst, none, branches.rows)
     ctx = lifecycle.finish(ctx, gone, keep_prefix=False)
-    return ctx, _lose(branches, is_worst)._replace(rows=rows)
+    return ctx, _lose(branches, is_worst, status)._replace(rows=rows)
 
   # Ends because every round ends a branch.
   return lax.while_loop(is_short, end_worst, (ctx, branches))
 
 
-def _lose(branches: _Branches, mask: Array) -> _Branches:
-  """Marks branches for which there was no memory."""
+def _lose(branches: _Branches, mask: Array, status: ArrayLike) -> _Branches:
+  """Marks branches for which there was no memory; `status []` or `[B]` says which."""
+  status = jnp.broadcast_to(jnp.asarray(status, jnp.int32), mask.shape)
+  first = jnp.where(jnp.any(mask), status[jnp.argmax(mask)], Status.OK)
+  is_first = branches.shortage == Status.OK
   return branches._replace(
     is_live=branches.is_live & ~mask,
     scores=jnp.where(mask, _NEVER, branches.scores),
-    was_short=branches.was_short | jnp.any(mask),
+    shortage=jnp.where(is_first, first, branches.shortage).astype(jnp.int32),
   )
 
 
@@ -374,14 +380,15 @@ def _reorganise(
   rows = jnp.where(goes_on & ~lost, rows, ctx.config.max_seqs)
   texts = branches.tokens[parents]
   texts = texts.at[:, step].set(jnp.where(grows, tokens, texts[:, step]))
-  return ctx, _Branches(
+  branches = _Branches(
     rows=rows,
     tokens=texts,
     lengths=branches.lengths[parents] + grows.astype(jnp.int32),
-    scores=jnp.where(lost, _NEVER, scores),
-    is_live=goes_on & ~lost,
-    was_short=branches.was_short | jnp.any(lost),
+    scores=scores,
+    is_live=goes_on,
+    shortage=branches.shortage,
   )
+  return ctx, _lose(branches, lost, status)
 
 
 def _mask(ctx: Context, rows: Array) -> Array:

@@ -97,7 +97,7 @@ def _run_drafts(
   seq_lens, size = ctx.sequences.seq_lens, ctx.config.block_size
   need = (seq_lens + 1 + num_drafts + (size - 1)) // size - ctx.sequences.num_blocks
   needed = jnp.sum(jnp.where(live, jnp.maximum(need, 0), 0), dtype=jnp.int32)
-  num_drafts = jnp.where(needed <= context.num_free(ctx), num_drafts, 0)
+  num_drafts = jnp.where(needed <= jnp.min(context.num_free(ctx)), num_drafts, 0)
 
   query_lens = jnp.where(live, 1 + num_drafts, 0)
   ctx, status = stepping.extend(ctx, query_lens, num_tokens=S * num_each)
@@ -358,6 +358,11 @@ def serve(
     >>> requests.tokens[0].tolist()
     [7, 7, 7, 2, 3, 4]
   """
+  context.check_context(ctx)
+  if not isinstance(requests, Requests):
+    raise ValueError(
+      f"requests must be Requests, from make_requests, got {type(requests).__name__}"
+    )
   sch.check_budget(ctx, scheduler)
   reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
   if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:

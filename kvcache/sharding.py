@@ -141,6 +141,13 @@ def split(axes: Sequence[str]) -> Split:
   return Split(sizes)
 
 
+def is_within(axes: Sequence[str]) -> bool:
+  """Whether this is called within a `shard_map` over all of the axes, at least one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  return bool(axes) and all(types.get(name) == AxisType.Manual for name in axes)
+
+
 def partition_specs(
   config: CacheConfig, *, mesh: Mesh | AbstractMesh | None = None
 ) -> Context:
@@ -189,6 +196,17 @@ def init(
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
   make = functools.partial(context.init, config)
   return jax.jit(make, out_shardings=shardings)(salt=salt)
+
+
+def init_part(config: CacheConfig) -> Context:
+  """Makes an empty context where it is called, split like one that came from outside.
+
+  Within `shard_map` it is the part of one device; where XLA splits, each device makes
+  its own.
+  """
+  if is_within(config.head_axes):
+    return context.init(local_config(config)).replace(config=config)
+  return constrain(context.init(config))
 
 
 def local_config(

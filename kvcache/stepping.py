@@ -24,7 +24,7 @@ from kvcache import (
   windows,
 )
 from kvcache.config import CacheConfig, NULL_STATE
-from kvcache.context import Context, recurrent_parts
+from kvcache.context import Context, recurrent_parts, shortage
 from kvcache.errors import Status
 from kvcache.metadata import StepMetadata, WindowView
 from kvcache.state_rows import StateRows
@@ -49,10 +49,10 @@ def extend(
 
   Returns:
     `(ctx, status [S])`. Rows are served first come, first served: one that does not
-    fit, in the context's pool or in a sliding window's, and every later one that needs
-    a block, gets `NO_BLOCKS`; likewise
-    `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`, `INACTIVE` and `INVALID`
-    (negative) rows take nothing from others.
+    fit, and every later one that needs a block, gets `NO_BLOCKS`, or `NO_WINDOW_BLOCKS`
+    where the context's pool has enough for it and those before it, but a sliding
+    window's has not; likewise `OVER_BUDGET` for tokens past `num_tokens`. `TOO_LONG`,
+    `INACTIVE` and `INVALID` (negative) rows take nothing from others.
 
   Example:
     >>> grow = jax.jit(kv.extend)  # a decode step: a token for each row
@@ -61,6 +61,7 @@ def extend(
     ['OK', 'INACTIVE']
   """
   config, table = ctx.config, ctx.sequences
+  arguments.check_static("num_tokens", num_tokens)
   query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
   if order is not None:
     order = arguments.as_int32("order", order, shape=(config.max_seqs,))
@@ -91,7 +92,8 @@ def extend(
     takes.append(jnp.where(own, 0, need))
   free = [ctx.pool.num_free, *(window.pool.num_free for window in ctx.windows)]
   ranks, fits = ragged.first_come(jnp.stack(takes), jnp.stack(free), order=order)
-  status = jnp.where(fits, status, Status.NO_BLOCKS)
+  is_enough = ranks[0] + need <= ctx.pool.num_free
+  status = jnp.where(fits, status, shortage(ctx, is_enough))
   need = jnp.where(fits, need, 0)
 
   rows = jnp.arange(config.max_seqs, dtype=jnp.int32)
@@ -153,6 +155,7 @@ def step_metadata(
     ([10, 0], [False, True])
   """
   config = ctx.config
+  arguments.check_static("num_tokens", num_tokens)
   if num_logits < 1 or (num_logits > 1 and num_tokens is None):
     raise ValueError(
       f"num_logits must be 1 in a decode step and at least 1 else, got {num_logits}"

@@ -89,10 +89,11 @@ def on_one_device():
   return jax.device_get((ctx.tables, done))
 
 
-def assert_same_work(ctx, done):
+def assert_same_work(ctx, done, wanted=None):
   """Requests and bookkeeping are those of one device, on every device."""
   got = jax.tree.leaves((ctx.tables, done.replace(logprobs=None)))
-  for left, right in zip(got, jax.tree.leaves(on_one_device()), strict=True):
+  wanted = jax.tree.leaves(wanted or on_one_device())
+  for left, right in zip(got, wanted, strict=True):
     copies = [np.asarray(shard.data) for shard in left.addressable_shards]
     assert len(copies) == len(left.sharding.device_set)
     for copy in copies:
@@ -178,6 +179,105 @@ def test_the_whole_loop_runs_under_shard_map():
   wanted = on_one_device()[1]
   for i in range(4, 8):
     assert tokens[i, : lengths[i]].tolist() == wanted.tokens[i, : lengths[i]].tolist()
+
+
+# --- Drafts ---------------------------------------------------------------------------
+
+
+def serve_with(model, ctx, requests, drafter):
+  return serve(model, ctx, requests, drafter=drafter)[:2]
+
+
+def draft_model(function, config):
+  """The model drafts for itself, so a draft is wrong only where its part is."""
+  return kvcache.DraftModel(model=function, config=config, num_drafts=3, chunk_size=16)
+
+
+LOOKUP = kvcache.PromptLookup(num_drafts=3, ngram=1)
+
+
+@functools.cache
+def with_drafts(kind):
+  """On one device: the tokens are those without drafts."""
+  drafter = LOOKUP if kind == "lookup" else draft_model(as_function(model()), SIZES)
+  ctx, done = jax.jit(serve_with)(
+    as_function(model()), kvcache.init(SIZES), requests(), drafter
+  )
+  for got, want in zip(done.tokens, on_one_device()[1].tokens, strict=True):
+    np.testing.assert_array_equal(got, want)
+  assert done.num_accepted > 40
+  assert kind == "lookup" or done.num_accepted == done.num_drafts
+  return jax.device_get((ctx.tables, done))
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model"])
+def test_xla_splits_drafts_too(kind):
+  with jax.set_mesh(mesh_of(kv=2, group=4)):
+    split = as_function(place_weights(model(), SPLIT.head_axes))
+    drafter = LOOKUP if kind == "lookup" else draft_model(split, SPLIT)
+    program = jax.jit(serve_with, donate_argnums=1)
+    program = program.lower(split, sharding.init(SPLIT), requests(), drafter).compile()
+    sent = collectives(program)
+    assert sent and max(i.num_elements for i in sent) < POOL // 3, list(map(str, sent))
+    ctx, done = program(split, sharding.init(SPLIT), requests(), drafter)
+  assert_same_work(ctx, done, with_drafts(kind))
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model"])
+def test_drafts_under_shard_map(kind):
+  mesh = mesh_of(kv=2, group=4)
+  spread = sharding.partition_specs(SPLIT, mesh=mesh)
+  weights, specs = cut_llama(model(), SPLIT.head_axes, mesh=mesh)
+  drafter, drafter_specs = LOOKUP, P()
+  if kind == "model":
+    drafter, drafter_specs = draft_model(weights, SPLIT), draft_model(specs, SPLIT)
+  whole = jax.shard_map(
+    serve_with,
+    mesh=mesh,
+    in_specs=(specs, spread, P(), drafter_specs),
+    out_specs=(spread, P()),
+    check_vma=False,
+  )
+  arguments = weights, sharding.init(SPLIT, mesh=mesh), requests(), drafter
+  program = jax.jit(whole, donate_argnums=1).lower(*arguments).compile()
+  # Two a step: of mixed steps and of drafted ones, and twice as many with a model.
+  sent = [i.opcode for i in collectives(program)]
+  assert sent == ["all-reduce"] * (4 if kind == "lookup" else 8)
+  todo = jax.device_put(requests(), NamedSharding(mesh, P()))
+  ctx, done = program(weights, sharding.init(SPLIT, mesh=mesh), todo, drafter)
+  assert_same_work(ctx, done, with_drafts(kind))
+
+
+def test_generate_splits_what_xla_splits_and_refuses_the_rest():
+  """In slices, between which the draft context stays where it is."""
+  generate = functools.partial(
+    kvcache.generate,
+    max_new_tokens=20,
+    scheduler=SchedulerConfig(token_budget=16),
+    slice_steps=10,
+  )
+  mesh = mesh_of(kv=2, group=4)
+  cut, _ = cut_llama(model(), SPLIT.head_axes, mesh=mesh)
+  with jax.set_mesh(mesh):
+    split = as_function(place_weights(model(), SPLIT.head_axes))
+    drafter, ctx = draft_model(split, SPLIT), sharding.init(SPLIT)
+    shapes = {s.data.shape for s in drafter.init().kv[0].k.addressable_shards}
+    assert shapes == {(3, 24, 1, 4, 16)}
+    before = kvcache.generation._serve_slice._cache_size()
+    _, out = generate(split, ctx, PROMPTS, drafter=drafter)
+    assert kvcache.generation._serve_slice._cache_size() == before + 1
+    with pytest.raises(
+      ValueError, match=r"within a jax.shard_map over \('kv', 'group'\)"
+    ):
+      generate(cut, sharding.init(SPLIT), PROMPTS)
+    with pytest.raises(ValueError, match=r"call kvcache\.serve"):
+      jax.jit(lambda ctx: generate(split, ctx, PROMPTS)[0])(sharding.init(SPLIT))
+  wanted = on_one_device()[1]
+  for completion, tokens, length in zip(
+    out, wanted.tokens, wanted.lengths, strict=True
+  ):
+    everything = [*completion.prompt_tokens, *completion.tokens]
+    assert everything == tokens[:length].tolist()
 
 
 # --- Sequences move between contexts of a fleet ---------------------------------------

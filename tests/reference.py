@@ -311,8 +311,7 @@ class ReferenceCache(ReferenceStates):
       pairs = zip(taken, self.windows, strict=True)
       lacks = any(n > window.num_free for n, window in pairs)
       if need > 0 and (lacks or num_needed > self.num_free):
-        statuses[s] = Status.NO_BLOCKS
-        self.seen["no window block"] += num_needed <= self.num_free
+        statuses[s] = self._shortage(num_needed <= self.num_free)
     # Judged against the free blocks before the call, so blocks are taken at the end.
     for s, (query_len, status) in enumerate(zip(query_lens, statuses, strict=True)):
       row = self.rows[s]
@@ -323,6 +322,10 @@ class ReferenceCache(ReferenceStates):
         while self._capacity(row) < len(row.tokens) + query_len:
           row.blocks.append(self._allocate())
     return statuses
+
+  def _shortage(self, is_enough):
+    """Of a row that lacks blocks: does the context have enough, and a window not?"""
+    return Status.NO_WINDOW_BLOCKS if is_enough else Status.NO_BLOCKS
 
   def plan_step(self, query_lens, *, num_tokens=None):
     """Packs the tokens of a step; returns them and each row's number of them."""
@@ -397,7 +400,7 @@ class ReferenceCache(ReferenceStates):
       num_needed += need
       pools = [self, *self.windows]
       if need and any(num_needed > pool.num_free for pool in pools):
-        results.append((-1, Status.NO_BLOCKS))
+        results.append((-1, self._shortage(num_needed <= self.num_free)))
         continue
       taken.append((src, s, need))
       results.append((s, Status.OK))
@@ -445,8 +448,9 @@ class ReferenceCache(ReferenceStates):
       needed = [columns, *(w.columns_needed(len(row.tokens)) for w in self.windows)]
       num_needed = [n + len(c) for n, c in zip(num_needed, needed, strict=True)]
       pools = zip(num_needed, needed, [self, *self.windows], strict=True)
-      if any(c and n > pool.num_free for n, c, pool in pools):
-        results.append((-1, Status.NO_BLOCKS))
+      fits = [not c or n <= pool.num_free for n, c, pool in pools]
+      if not all(fits):
+        results.append((-1, self._shortage(fits[0])))
         continue
       s = inactive[len(plans)]
       plans.append((s, row, hits, needed))
@@ -497,7 +501,7 @@ class ReferenceCache(ReferenceStates):
           continue
         copies = self._must_copy(row, new_len)
         num_copies += copies
-        is_short = copies and num_copies > self.num_free
+        is_short = lacks_here = copies and num_copies > self.num_free
         in_windows = [w.must_copy(s, new_len, row.blocks) for w in self.windows]
         for i, (window, copies_here) in enumerate(
           zip(self.windows, in_windows, strict=True)
@@ -505,7 +509,7 @@ class ReferenceCache(ReferenceStates):
           num_window_copies[i] += copies_here
           is_short |= copies_here and num_window_copies[i] > window.num_free
         if is_short:
-          statuses[s] = Status.NO_BLOCKS
+          statuses[s] = self._shortage(not lacks_here)
         else:
           plans.append((s, new_len, copies, in_windows))
     fresh = [self._allocate() if copies else None for _, _, copies, _ in plans]

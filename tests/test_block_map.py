@@ -162,7 +162,8 @@ def test_what_is_not_there_is_said():
   texts["traced"] = seen[0]
   for why, (text, html) in texts.items():
     assert text == f"Context({text[8:].split(';')[0]}; {why})", text
-    assert html == f"<pre>{text}</pre>" and "11 blocks" in text
+    assert html == f'<pre style="white-space:pre-wrap">{text}</pre>'
+    assert "11 blocks" in text
   for ctx, why in [(gone, "donated"), (batch, "batch")]:
     with pytest.raises(ValueError, match=why):
       observe.map_blocks(ctx)
@@ -230,6 +231,19 @@ def test_hovering_tells_a_block():
     assert (found.prefix_hash(block) is not None) == ("hash" in hover)
 
 
+def test_every_row_has_a_label_and_its_blocks():
+  ctx = made_up(400, layers=HYBRID)
+  html = ctx._repr_html_()
+  text = "".join(Reader(html).text)
+  lines = html.split(">sequences")[1].split("<b>")[1:]
+  found = observe.map_blocks(ctx)
+  for row, line in zip(found.rows, lines, strict=True):
+    assert f"row {row} · {found.seq_len(row)} tokens" in text
+    assert line.count("block ") == len(found.row_blocks(row))
+  # Pools count different things, so the legend has no sums.
+  assert text.endswith("sharedexclusivecachedfree")
+
+
 def test_texts_are_escaped():
   evil = "<script>alert('\"&')</script>"
   html = observe.render_html(made_up(40), decode=lambda tokens: evil)
@@ -244,7 +258,8 @@ def test_a_hundred_thousand_blocks_stay_small(layers):
   assert len(html) < 200_000
   reader = Reader(html)
   counts = observe.map_blocks(ctx).blocks.counts
-  # The legend and the bins tell every block.
+  assert "free; 209 blocks to a cell" in "".join(reader.text)
+  # The bins tell every block.
   binned = [h for h in reader.hovers if h[0].isdigit()]
   for kind in (Kind.SHARED, Kind.CACHED):
     name = kind.name.lower()

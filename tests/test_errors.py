@@ -15,6 +15,7 @@ EXCEPTIONS = {
   Status.INACTIVE: errors.InactiveSequenceError,
   Status.INVALID: errors.InvalidRequestError,
   Status.NO_STATE: errors.StateError,
+  Status.NO_WINDOW_BLOCKS: errors.WindowOverflowError,
 }
 
 
@@ -24,7 +25,8 @@ def test_ok_is_zero_and_neither_transient_nor_permanent():
 
 
 def test_every_other_code_is_transient_or_permanent():
-  transient = {Status.NO_ROW, Status.NO_BLOCKS, Status.OVER_BUDGET}
+  transient = {Status.NO_ROW, Status.NO_BLOCKS, Status.NO_WINDOW_BLOCKS}
+  transient |= {Status.OVER_BUDGET}
   assert {status for status in Status if status.is_transient} == transient
   assert {status for status in Status if status.is_permanent} == (
     set(Status) - transient - {Status.OK}

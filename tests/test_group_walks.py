@@ -29,12 +29,15 @@ EVENTS = (
   "window moved on",
   "window block evicted alone",
   "window block held again",
-  "no window block",
+  ("extend", Status.NO_WINDOW_BLOCKS),
+  ("extend_decode", Status.NO_WINDOW_BLOCKS),
   ("rewind", Status.NO_STATE),
   ("handoff", Status.OK),
   ("handoff", Status.INVALID),
   ("handoff", Status.NO_ROW),
-  ("handoff", Status.NO_BLOCKS),
+  ("rewind", Status.NO_BLOCKS),
+  ("rewind", Status.NO_WINDOW_BLOCKS),
+  ("handoff", Status.NO_WINDOW_BLOCKS),
 )
 
 

@@ -134,6 +134,7 @@ admit, publish, finish, fork, rewind = map(
   jax.jit,
   (kvcache.admit, kvcache.publish, kvcache.finish, kvcache.fork, kvcache.rewind),
 )
+extend = jax.jit(kvcache.extend, static_argnames="num_tokens")
 evict, evict_window_blocks = map(jax.jit, (kvcache.evict, kvcache.evict_window_blocks))
 TEXT = np.random.default_rng(5).integers(0, toy.VOCAB, 40).tolist()
 SMALL = toy.config(
@@ -295,6 +296,49 @@ def test_no_row_writes_over_what_a_fork_still_sees():
   kvcache.check_invariants(ctx)
   ctx, logits = feed(ctx, int(rows[0]), [3])
   np.testing.assert_array_equal(logits, logits_of([*TEXT[:30], 3]))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "want"),
+  [
+    ({"num_window_blocks": 9}, kvcache.Status.NO_WINDOW_BLOCKS),
+    ({"num_blocks": 9}, kvcache.Status.NO_BLOCKS),
+    ({"num_blocks": 9, "num_window_blocks": 9}, kvcache.Status.NO_BLOCKS),
+  ],
+  ids=["window", "context", "both"],
+)
+def test_the_pool_that_lacks_blocks_is_named(sizes, want):
+  """The first row takes eight blocks of each pool; the second one needs two more."""
+  sizes = dataclasses.replace(SMALL, **sizes)
+  ctx, _ = admit(
+    toy.fresh(sizes), jnp.zeros((2, 30), jnp.int32), jnp.asarray([30, 6], jnp.int32)
+  )
+  lens = jnp.asarray([30, 6, 0, 0], jnp.int32)
+  ctx, status = extend(ctx, lens, num_tokens=36)
+  assert [kvcache.Status(code) for code in status.tolist()[:2]] == [0, want]
+  is_window = want == kvcache.Status.NO_WINDOW_BLOCKS
+  with pytest.raises(kvcache.BlockOverflowError, match=f"1: {want.name}") as raised:
+    kvcache.raise_for_status(status)
+  assert isinstance(raised.value, kvcache.WindowOverflowError) == is_window
+
+
+def test_room_in_a_window_is_made_by_evicting_there():
+  ctx, row, *_ = start(toy.fresh(SMALL), TEXT)
+  ctx = finish(ctx, mask(row))
+  ctx, other, *_ = start(ctx, TEXT[::-1][:38])
+  free = int(ctx.windows[0].pool.num_free)
+  # What is left of the pool goes to rows of their own, so that a fork finds no block.
+  ctx, admission = admit(
+    ctx, jnp.zeros((1, 48), jnp.int32), jnp.asarray([48], jnp.int32)
+  )
+  lens = jnp.zeros(4, jnp.int32).at[admission.seq_ids[0]].set(4 * free)
+  ctx, status = extend(ctx, lens, num_tokens=48)
+  kvcache.raise_for_status(status)
+  same, _, status = fork(ctx, jnp.array([other]))
+  assert kvcache.Status(status.item()) == kvcache.Status.NO_WINDOW_BLOCKS
+  same, _ = evict_window_blocks(same, jnp.array([1]))
+  _, _, status = fork(same, jnp.array([other]))
+  kvcache.raise_for_status(status)
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 13, 16, 23, 24, 27, 29])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import observe, SchedulerConfig, WaitReason
+from kvcache import observe, RequestStatus, SchedulerConfig, WaitReason
 from kvcache.observe.history import FIELDS
 from tests import hlo
 from tests import toy_model as toy
@@ -138,6 +138,45 @@ def test_what_a_request_waits_for_now_counts():
   assert requests.waited(5) == {WaitReason.NO_ROW: 3}
   assert requests.num_scheduled < requests.num_steps == 3
   assert "waiting" in requests.explain(5) and "3 for a row" in requests.explain(5)
+
+
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def one_step(ctx, requests):
+  scheduler = SchedulerConfig(token_budget=8, max_admissions=3, watermark=0)
+  return kvcache.serve(toy.model, ctx, requests, scheduler=scheduler, max_steps=1)
+
+
+@pytest.mark.parametrize(
+  ("num_blocks", "num_window_blocks", "why"),
+  [(60, 9, WaitReason.NO_WINDOW_BLOCKS), (11, 60, WaitReason.NO_BLOCKS)],
+  ids=["window", "context"],
+)
+def test_the_pool_that_is_short_is_named(num_blocks, num_window_blocks, why):
+  sizes = toy.config(
+    sliding_window=7,
+    num_blocks=num_blocks,
+    block_size=4,
+    max_seqs=3,
+    max_seq_len=32,
+    num_window_blocks=num_window_blocks,
+  )
+  ctx = toy.fresh(sizes)
+  # The last prompt takes several steps, beside two rows that decode.
+  prompts = [list(range(5)), list(range(10, 16)), list(range(22))[::-1]]
+  requests = toy.make_requests(prompts, [12, 12, 6], num=3, width=33)
+  reasons, seen = set(), set()
+  while (requests.status != RequestStatus.FINISHED).any():
+    before = requests
+    ctx, requests = one_step(ctx, before)
+    reasons.add(WaitReason(int(requests.wait_reason[2])))
+    if requests.wait_reason[2] == why:
+      is_sent_back = int(requests.num_preemptions[2] - before.num_preemptions[2])
+      seen.add((RequestStatus(int(requests.status[2])).name, is_sent_back))
+  # A chunk for which there was no block; a row sent back; a prompt not let in.
+  assert seen == {("RUNNING", 0), ("WAITING", 1), ("WAITING", 0)}
+  assert reasons == {WaitReason.NONE, WaitReason.BUDGET, why}
+  told = "blocks" if why == WaitReason.NO_BLOCKS else "blocks of a window"
+  assert f"{int(requests.num_waited[2, why])} for {told}, " in requests.explain(2)
 
 
 def test_a_refusal_is_explained():

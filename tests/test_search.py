@@ -1,5 +1,6 @@
 """Beam search and best-of-n in one program, against a search over plain lists."""
 
+import dataclasses
 import functools
 
 import jax
@@ -158,6 +159,21 @@ def test_short_memory_loses_branches_and_says_so():
   assert result.status == Status.TOO_LONG
   assert not result.lengths.any() and (np.asarray(result.ranks) == -np.inf).all()
   assert_all_given_back(ctx)
+
+
+def test_what_branches_lacked_is_told():
+  """Blocks of a window, though the context has many; or rows that others hold."""
+  sizes = dataclasses.replace(SIZES["window"], num_window_blocks=7)
+  ctx, result = beam_search(fresh(sizes), *padded(PROMPT), num_beams=4)
+  assert result.status == Status.NO_WINDOW_BLOCKS
+  assert 0 < np.isfinite(result.ranks).sum() < 4 and result.lengths[0] == NUM_NEW
+  assert_all_given_back(ctx)
+  ctx = fresh(SIZES["attention"])
+  others = jnp.ones((2, 40), jnp.int32)
+  ctx, _ = jax.jit(kvcache.admit)(ctx, others, jnp.ones(2, jnp.int32))
+  _, result = beam_search(ctx, *padded(PROMPT), num_beams=4)
+  assert result.status == Status.NO_ROW
+  assert 0 < np.isfinite(result.ranks).sum() < 4 and result.lengths[0] == NUM_NEW
 
 
 def test_other_rows_are_left_alone():

@@ -108,7 +108,9 @@ def test_speculation_changes_no_token(model, loaded):
   generate(model, make_context(loaded, num_blocks=161), names, **options)
   last = slices[-1]
   assert 0 < last.num_accepted < last.num_drafts
-  assert last.num_steps < 40  # instead of 48 and the prompts
+  # As many as a lookup by hand in the golden texts finds right.
+  assert last.num_accepted == 44
+  assert last.num_steps < 46  # 51 without drafts
 
 
 @pytest.mark.slow

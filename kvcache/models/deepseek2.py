@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from kvcache import arguments
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -207,6 +208,7 @@ class DeepSeek2(nnx.Module):
       Float32 logits `[S, vocab_size]` (or of all of `metadata.logits_indices`), without
       meaning for rows that are not in the step, and the cache with the step's latents.
     """
+    arguments.check_layers(ctx.config, self.config.cache_layers())
     # Clipped, because padding tokens may be anything.
     x = self.embedding[...].at[tokens].get(mode="clip")
     rotation = self.config.rotary(metadata.positions)

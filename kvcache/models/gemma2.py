@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from kvcache import arguments
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -159,6 +160,7 @@ class Gemma2(nnx.Module):
       values.
     """
     config = self.config
+    arguments.check_layers(ctx.config, self.config.cache_layers())
     # Clipped, because padding tokens may be anything.
     x = self.embedding[...].at[tokens].get(mode="clip")
     x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from kvcache import arguments
 from kvcache.config import AttentionLayer, RecurrentLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -203,6 +204,7 @@ class GraniteHybrid(nnx.Module):
       states.
     """
     config = self.config
+    arguments.check_layers(ctx.config, self.config.cache_layers())
     # Clipped, because padding tokens may be anything.
     x = self.embedding[...].at[tokens].get(mode="clip") * config.embedding_multiplier
     counts = dict.fromkeys(config.layer_types, 0)

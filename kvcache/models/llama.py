@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from kvcache import sharding
+from kvcache import arguments, sharding
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
@@ -191,6 +191,7 @@ class Llama(nnx.Module):
       rows that are not in the step), and the cache with the step's keys and values.
     """
     config = self.config
+    arguments.check_layers(ctx.config, self.config.cache_layers())
     # Clipped, because padding tokens may be anything.
     x = self.embedding[...].at[tokens].get(mode="clip")
     rotation = config.rotary(metadata.positions)

@@ -6,7 +6,7 @@ adds up the parts twice, behind attention and behind the feed-forward layer, and
 else is ever sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -44,7 +44,7 @@ def cut_llama(
   Returns:
     `(function, specs)`: what `as_function` makes of a model, its arrays spread over the
     devices, and the `PartitionSpec` of each of them. The function is to be called
-    within a `shard_map` over these axes.
+    within a `shard_map` over these axes, and refuses to be called elsewhere.
 
   Raises:
     ValueError: Heads or features do not divide.
@@ -76,8 +76,25 @@ def cut_llama(
     is_leaf=is_cut,
   )
   specs = [spec for _, spec in jax.tree.leaves(cuts, is_leaf=is_cut)]
-  function = as_function(nnx.merge(graph, arrays))
+  whole = as_function(nnx.merge(graph, arrays))
+  function = Partial(_part_of(whole.func, axes), *whole.args)
   return function, jax.tree.unflatten(jax.tree.structure(function), specs)
+
+
+@functools.lru_cache(maxsize=64)
+def _part_of(call: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+  """The same call, for where a device has its part only."""
+
+  def call_part(*args: Any, **kwargs: Any) -> Any:
+    if not sharding.is_within(axes):
+      raise ValueError(
+        "a model made by cut_llama computes the part of one device: call it within a"
+        f" jax.shard_map over {axes}; jax.jit and kvcache.generate take the whole"
+        " model, spread by kvcache.nn.place_weights"
+      )
+    return call(*args, **kwargs)
+
+  return call_part
 
 
 def _cut(

@@ -27,16 +27,16 @@ _MAX_TEXT = 80
 _STYLE = "".join(
   [
     ".kvc{font:12px/1.5 system-ui,sans-serif;max-width:960px;margin:4px 0}",
-    ".kvc h4{font:600 12px/1.5 system-ui,sans-serif;margin:10px 0 3px}",
-    ".kvc h4 span{font-weight:400;opacity:.75}",
+    ".kvc .t{font-weight:600;margin:10px 0 3px}",
+    ".kvc .t span{font-weight:400;opacity:.75}",
     ".kvc .g{display:flex;flex-wrap:wrap;gap:2px}",
     ".kvc i{display:block;width:13px;height:13px;border-radius:2px;",
     "background:rgba(128,136,144,.28)}",
     ".kvc .p i{width:10px;height:18px;border-radius:1px}",
     ".kvc i:hover{outline:2px solid currentColor}",
-    ".kvc .r{display:flex;gap:2px;align-items:center;margin:2px 0}",
-    ".kvc .r b{font-weight:400;flex:0 0 11em;white-space:nowrap;overflow:hidden;",
-    "font-variant-numeric:tabular-nums}",
+    ".kvc .r{display:grid;grid-template-columns:max-content 1fr;gap:2px 10px}",
+    ".kvc .r b{font-weight:400;font-variant-numeric:tabular-nums}",
+    ".kvc .r .g{align-content:center}",
     ".kvc .l{display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:8px}",
     ".kvc .l span{display:flex;gap:5px;align-items:center}",
     *(
@@ -51,7 +51,8 @@ _STYLE = "".join(
 def show_context(ctx: Context) -> str:
   """What `Context._repr_html_` returns; never raises for what cannot be read."""
   if block_map.obstacle(ctx) is not None:
-    return f"<pre>{escape(text.describe(ctx))}</pre>"
+    told = escape(text.describe(ctx))
+    return f'<pre style="white-space:pre-wrap">{told}</pre>'
   return render_html(ctx)
 
 
@@ -89,8 +90,8 @@ def _summary(found: BlockMap) -> str:
 def _pool(found: BlockMap, pool: PoolMap, decode: Decode | None) -> str:
   kinds = pool.kinds[1:]  # without the null block
   width = block_map.bin_width(kinds.size, _MAX_CELLS)
-  scale = "" if width == 1 else f", {width} to a cell"
-  title = f"<h4>{pool.name} <span>{escape(text.counts(pool))}{scale}</span></h4>"
+  scale = "" if width == 1 else f"; {width} blocks to a cell"
+  title = _title(pool.name, f"{text.counts(pool)}{scale}")
   if width == 1:
     cells = [
       _cell(int(kind), _block_hover(found, pool, block, decode))
@@ -113,7 +114,7 @@ def _rows(found: BlockMap, decode: Decode | None) -> str:
   num_cells = max(8, _MAX_ROW_CELLS // len(shown))
   width = block_map.bin_width(most, num_cells)
   scale = "" if width == 1 else f"{width} blocks to a cell"
-  lines = [f"<h4>sequences <span>{scale}</span></h4>"]
+  lines = []
   for row in shown:
     blocks = found.row_blocks(row)
     kinds = found.blocks.kinds[blocks]
@@ -128,19 +129,21 @@ def _rows(found: BlockMap, decode: Decode | None) -> str:
       hover = f"columns {column}-{column + len(ids) - 1}: {_bin_text(bins)}"
       cells.append(_mixed_cell(bins, hover))
     label = f"row {row} &middot; {found.seq_len(row)} tokens"
-    lines.append(f'<div class="r"><b>{label}</b>{"".join(cells)}</div>')
+    lines.append(f'<b>{label}</b><div class="g">{"".join(cells)}</div>')
   more = len(found.rows) - len(shown)
-  lines.append(f"<div>and {more} more</div>" if more else "")
-  return "".join(lines)
+  lines.append(f"<b>and {more} more</b>" if more else "")
+  return f'{_title("sequences", scale)}<div class="r">{"".join(lines)}</div>'
+
+
+def _title(name: str, more: str) -> str:
+  """Not a heading, which would stand in a notebook's table of contents."""
+  return f'<div class="t">{name} <span>{escape(more)}</span></div>'
 
 
 def _legend(found: BlockMap) -> str:
   present = {kind for pool in found.pools for kind in pool.counts}
-  totals = {
-    kind: sum(pool.counts.get(kind, 0) for pool in found.pools) for kind in present
-  }
   items = (
-    f"<span>{_cell(int(kind))}{look.name} {totals[kind]}</span>"
+    f"<span>{_cell(int(kind))}{look.name}</span>"
     for kind, look in LOOKS.items()
     if kind in present
   )

@@ -2,11 +2,13 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 import kvcache
 from kvcache import generation, PromptLookup, SamplingParams, SchedulerConfig, Status
+from kvcache.models import Llama, LlamaConfig
 from kvcache.sampling import greedy
 from tests import toy_model as toy
 from tests.hostile.table import area, hybrid, WrongUse
@@ -66,6 +68,19 @@ def trace(model, **kwargs):
 
 def model_of(shape, dtype=jnp.float32):
   return lambda tokens, metadata, ctx: (jnp.zeros(shape, dtype), ctx)
+
+
+def three_layers():
+  shape = LlamaConfig(
+    vocab_size=8,
+    hidden_size=4,
+    intermediate_size=4,
+    num_layers=3,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+  )
+  return nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(0)))
 
 
 def no_steps():
@@ -199,6 +214,26 @@ USES: list[WrongUse] = [
       + serve([1, 2, 3], namespace=[-(2**31), 0, 0])
     ),
     gives=[("length", Status.OK)] * 2,
+  ),
+  refused(
+    "a stop token, not a list of them",
+    lambda: make(stop_tokens=5),
+    "stop_tokens must be a list of token ids, got 5",
+  ),
+  refused(
+    "serve: prompts instead of requests",
+    lambda: kvcache.serve(toy.model, fresh(), GOOD, scheduler=SCHEDULER),
+    "requests must be Requests, from make_requests, got list",
+  ),
+  refused(
+    "serve, generate: a configuration instead of a context",
+    lambda: kvcache.generate(toy.model, SIZES, GOOD),
+    "ctx must be a Context, as kvcache.init makes it, got CacheConfig",
+  ),
+  refused(
+    "serve: a model of three layers, a context for two",
+    lambda: trace(three_layers()),
+    "the model has 3 attention layers and 0 recurrent ones, but ctx was made for 2",
   ),
   refused(
     "serve: a model whose logits are those of all tokens",

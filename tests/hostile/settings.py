@@ -127,6 +127,30 @@ USES: list[WrongUse] = [
     message="dtype must be a floating type of at least 16 bits, int8 or float8_e4m3fn",
   ),
   row(
+    "one layer, not a tuple of layers",
+    lambda: config(layers=LAYER),
+    raises=ValueError,
+    message="layers must name all layers of the model, got AttentionLayer",
+  ),
+  row(
+    "a dtype that nobody knows",
+    lambda: config(dtype="bf16"),
+    raises=ValueError,
+    message="dtype must be one such as 'bfloat16': data type 'bf16' not understood",
+  ),
+  row(
+    "init: layers instead of a configuration",
+    lambda: kvcache.init((LAYER,)),
+    raises=ValueError,
+    message="config must be a CacheConfig, got tuple",
+  ),
+  row(
+    "from_memory: bytes in words",
+    lambda: CacheConfig.from_memory("8GB", layers=[LAYER]),
+    raises=ValueError,
+    message="num_bytes must be a number, such as 8e9, got '8GB'",
+  ),
+  row(
     "no layers",
     lambda: config(layers=()),
     raises=ValueError,

@@ -145,6 +145,12 @@ TRACED: list[WrongUse] = [
     message=r"tokens must have 2 dimensions, got shape \(15,\)",
   ),
   row(
+    "admit: lists of unequal lengths",
+    lambda: kvcache.admit(busy(), [[1, 2, 3], [4]], [3, 1]),
+    raises=ValueError,
+    message="tokens must be an array: setting an array element with a sequence",
+  ),
+  row(
     "admit: embeddings instead of tokens",
     lambda: kvcache.admit(busy(), TOKENS / 2, LENGTHS),
     raises=ValueError,
@@ -357,6 +363,18 @@ TRACED: list[WrongUse] = [
     raises=InvariantError,
     message="free",
     note="found by `check_invariants` and `checked`",
+  ),
+  row(
+    "extend, step_metadata: a number of tokens that is traced",
+    lambda: jax.jit(lambda n: kvcache.extend(busy(), zeros(4), num_tokens=n))(3),
+    raises=ValueError,
+    message="num_tokens must be static, because shapes depend on it",
+  ),
+  row(
+    "raise_for_status: names for other rows",
+    lambda: kvcache.raise_for_status([0, 2], ["a"]),
+    raises=ValueError,
+    message="request_ids has 1 names for 2 rows",
   ),
   row(
     "a status that is not OK is not looked at but raised",
