@@ -93,8 +93,8 @@ def test_the_decode_kernel_for_hopper_fits_and_spills_nothing(
   assert resident(kernel) >= num_resident, kernel
 
 
-# With heads of 256 a warpgroup keeps some numbers that it needs once per tile of queries
-# in memory.
+# With heads of 256 a warpgroup keeps in memory some numbers that it needs once per tile
+# of queries.
 MAX_SPILL_BYTES = {256: 40}
 MAX_TEMP_BYTES = 80 << 20  # queries and results by tiles, and those of the other rows
 MAX_PREFILL_SHARED_BYTES = {
