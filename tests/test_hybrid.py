@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import kvcache
+from kvcache import scheduler as sch
 from kvcache import SchedulerConfig, Status
 from tests import toy_model as toy
 from tests.test_serve import (
@@ -143,6 +144,17 @@ def test_a_hit_is_cut_back_to_the_last_snapshot():
   assert num_cached == 4
   assert ctx.counters.lost_tokens.item() == 4
   assert stats(ctx).num_snapshots.item() == 2  # after 4, and after 12
+
+
+def test_snapshots_are_lacking_only_where_a_step_comes_to_one():
+  ctx = fresh(with_sizes(num_snapshots=2, snapshot_interval=1).sizes)
+  lacking = jax.jit(sch.num_snapshots_lacking)
+  ctx, row, _ = start(ctx, PROMPT, ends=[4])
+  for end, num_tokens, want in ((4, 0, 0), (4, 4, 0), (8, 0, 0), (8, 3, 0), (8, 4, 1)):
+    if end > ctx.sequences.seq_lens[row]:
+      ctx = step(ctx, row, PROMPT[4:end])
+    query_lens = jnp.zeros(3, jnp.int32).at[row].set(num_tokens)
+    assert lacking(ctx, query_lens) == want, (end, num_tokens)
 
 
 def test_without_snapshots_a_prompt_starts_from_nothing():
