@@ -63,6 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
   ),
   "scheduler": (
     "tests/test_scheduler.py",
+    "tests/test_history.py",
     "tests/test_serve.py",
     "tests/test_groups.py",
     "tests/test_hybrid.py",

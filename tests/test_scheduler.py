@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import FinishReason, RequestStatus, sampling, SchedulerConfig, Status
+from kvcache import (
+  FinishReason,
+  RequestStatus,
+  sampling,
+  SchedulerConfig,
+  Status,
+  WaitReason,
+)
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.serve import next_tokens, take_samples
@@ -238,6 +245,31 @@ def test_a_prompt_without_blocks_waits_and_stalls_later_ones():
   assert plan.is_stalled
   running, waiting = RequestStatus.RUNNING, RequestStatus.WAITING
   assert np.asarray(after.status).tolist()[:3] == [running, waiting, waiting]
+
+
+def test_prompts_wait_for_blocks_of_a_window_in_their_order():
+  # A prompt of 20 tokens holds 5 of 11 blocks while it is computed.
+  sizes = toy.config(
+    sliding_window=18,
+    num_blocks=60,
+    block_size=4,
+    max_seqs=4,
+    max_seq_len=32,
+    num_window_blocks=12,
+  )
+  first, *others = (prompt_of(20, seed) for seed in range(3))
+  requests = make([first, first, *others], num=4, width=40)
+  schedule = jax.jit(sch.schedule, static_argnames="scheduler")
+  _, requests, _ = schedule(toy.fresh(sizes), requests, FRUGAL)
+  # One that waits for another's prefix takes nothing from those behind it.
+  running, waiting = RequestStatus.RUNNING, RequestStatus.WAITING
+  assert requests.status.tolist() == [running, waiting, running, waiting]
+  assert requests.wait_reason[1] == WaitReason.SHARED
+  assert requests.wait_reason[3] == WaitReason.NO_WINDOW_BLOCKS
+
+
+def test_without_states_no_snapshot_is_lacking():
+  assert sch.num_snapshots_lacking(toy.fresh(TIGHT), jnp.full(4, 8)) == 0
 
 
 def test_the_watermark_is_kept_free_by_eviction():
