@@ -240,9 +240,10 @@ def test_drafts_under_shard_map(kind):
   )
   arguments = weights, sharding.init(SPLIT, mesh=mesh), requests(), drafter
   program = jax.jit(whole, donate_argnums=1).lower(*arguments).compile()
-  # Two a step: of mixed steps and of drafted ones, and twice as many with a model.
+  # Two a layer, in mixed and in drafted steps, and twice as many with a model.
   sent = [i.opcode for i in collectives(program)]
-  assert sent == ["all-reduce"] * (4 if kind == "lookup" else 8)
+  per_layer = 4 if kind == "lookup" else 8
+  assert sent == ["all-reduce"] * per_layer * MODEL.num_layers
   todo = jax.device_put(requests(), NamedSharding(mesh, P()))
   ctx, done = program(weights, sharding.init(SPLIT, mesh=mesh), todo, drafter)
   assert_same_work(ctx, done, with_drafts(kind))

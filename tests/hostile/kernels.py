@@ -139,7 +139,7 @@ USES: list[WrongUse] = [
   row(
     "Hopper's kernel: blocks of twelve tokens",
     lambda: on_hopper(12),
-    gives="block_size must be a power of two from 8 to 128, got 12",
+    gives="block_size must be one of (8, 16, 32, 64, 128) with bfloat16, got 12",
     note="says why it cannot serve; the best kernel that can is taken",
   ),
   row(
