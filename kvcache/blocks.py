@@ -5,17 +5,17 @@ costs what is released. The pool knows nothing of tokens or of the prefix index:
 releases says which blocks shall stay resident.
 """
 
-import flax.struct
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
 from kvcache.config import NULL_BLOCK
+from kvcache.printing import Node
 
 _MARK = -(1 << 30)
 
 
-class BlockPool(flax.struct.PyTreeNode, kw_only=True):
+class BlockPool(Node, kw_only=True):
   """A pool of `N` blocks, of which `NULL_BLOCK` is never handed out.
 
   Attributes:
@@ -35,7 +35,7 @@ class BlockPool(flax.struct.PyTreeNode, kw_only=True):
     return self.free_list.shape[-1]
 
 
-class Allocation(flax.struct.PyTreeNode, kw_only=True):
+class Allocation(Node, kw_only=True):
   """Blocks handed out by one `allocate`, as a flat list.
 
   Attributes:

@@ -8,13 +8,14 @@ import bisect
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
+
+from kvcache import printing
 
 NULL_BLOCK = 0
 """Block that pads block tables: never allocated, never written, always safe to read."""
@@ -66,6 +67,9 @@ class AttentionLayer:
         f" first part of the keys, got {self.v_dim}"
       )
 
+  def __repr__(self) -> str:
+    return printing.show_set(self, v_head_dim=self.head_dim)
+
   @property
   def v_dim(self) -> int:
     """`Dv`, elements of one value head."""
@@ -111,6 +115,10 @@ class RecurrentLayer:
     if not arrays:
       raise ValueError("state must name at least one array")
     object.__setattr__(self, "state", tuple(sorted(arrays.items())))
+
+  def __repr__(self) -> str:
+    arrays = (f"{name!r}: {printing.show(array)}" for name, array in self.state)
+    return f"RecurrentLayer(state={{{', '.join(arrays)}}})"
 
   @property
   def arrays(self) -> dict[str, Any]:
@@ -245,14 +253,8 @@ class CacheConfig:
   scrub: bool = False
 
   def __repr__(self) -> str:
-    # Models have dozens of equal layers, and every print of a context shows them.
-    runs = (
-      f"({layer!r},)" + (f" * {num}" if num > 1 else "")
-      for layer, num in ((k, len(list(g))) for k, g in itertools.groupby(self.layers))
-    )
-    fields = (f for f in dataclasses.fields(self) if f.name != "layers")
-    sizes = (f"{field.name}={getattr(self, field.name)!r}" for field in fields)
-    return f"CacheConfig(layers={' + '.join(runs)}, {', '.join(sizes)})"
+    num_snapshots = self.max_seqs if self.num_recurrent_layers else 0
+    return printing.show_set(self, num_snapshots=num_snapshots)
 
   def __post_init__(self):
     if isinstance(self.layers, AttentionLayer | RecurrentLayer | int):

@@ -32,6 +32,7 @@ from kvcache.config import CacheConfig
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.prefix import PrefixIndex
+from kvcache.printing import Node
 from kvcache.publishing import Tables
 from kvcache.sequences import SequenceTable
 from kvcache.state_rows import StateRows
@@ -39,7 +40,7 @@ from kvcache.states import StateStore
 from kvcache.windows import WindowBlocks
 
 
-class Counters(flax.struct.PyTreeNode, kw_only=True):
+class Counters(Node, kw_only=True):
   """What happened since `init` or `reset`. All `[]` uint32, wrapping.
 
   Attributes:
@@ -63,7 +64,7 @@ class Counters(flax.struct.PyTreeNode, kw_only=True):
   lost_tokens: Array
 
 
-class Context(flax.struct.PyTreeNode, kw_only=True):
+class Context(Node, kw_only=True):
   """The whole memory: its parts, composed.
 
   Attributes:

@@ -22,6 +22,7 @@ from kvcache import ragged, sharding, stepping
 from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.errors import Status
+from kvcache.printing import Node
 from kvcache.requests import Batch, Requests
 from kvcache.sampling import Sampler
 
@@ -30,7 +31,7 @@ _NUM_BEHIND = 2
 token sampled behind it."""
 
 
-class DraftModel(flax.struct.PyTreeNode, kw_only=True):
+class DraftModel(Node, kw_only=True):
   """A drafter that is a model.
 
   It samples as the loop does, with the request's settings and the noise of the

@@ -9,7 +9,6 @@ memory.
 
 from typing import Any
 
-import flax.struct
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -32,10 +31,11 @@ from kvcache import (
 from kvcache.context import Context, publish, shortage
 from kvcache.errors import Status
 from kvcache.kv import KVStore
+from kvcache.printing import Node
 from kvcache.publishing import Tables
 
 
-class SequenceState(flax.struct.PyTreeNode, kw_only=True):
+class SequenceState(Node, kw_only=True):
   """`F` sequences of up to `C` tokens, without blocks.
 
   Attributes:

@@ -5,7 +5,6 @@ One buffer holds all layers, so that a layer is an offset: block `b` of layer `l
 layer is ever sliced out, which would copy it.
 """
 
-import flax.struct
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
@@ -14,13 +13,14 @@ import numpy as np
 
 from kvcache import ragged
 from kvcache.config import AttentionLayer
+from kvcache.printing import Node
 
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _LARGEST = {np.dtype(jnp.int8): 127.0, _FP8: 448.0}
 """Largest magnitude of each quantised type: what a head's largest element becomes."""
 
 
-class KVStore(flax.struct.PyTreeNode, kw_only=True):
+class KVStore(Node, kw_only=True):
   """Keys and values of all blocks of all layers.
 
   Attributes:

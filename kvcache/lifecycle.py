@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import flax.struct
 from jax import Array
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -25,12 +24,13 @@ from kvcache.config import NULL_BLOCK, NULL_STATE
 from kvcache.context import Context, init, publish, shortage, total
 from kvcache.errors import Status
 from kvcache.kv import KVStore
+from kvcache.printing import Node
 from kvcache.publishing import Tables
 from kvcache.state_rows import StateRows
 from kvcache.windows import WindowBlocks
 
 
-class Admission(flax.struct.PyTreeNode, kw_only=True):
+class Admission(Node, kw_only=True):
   """What became of each prompt of one `admit`.
 
   Attributes:

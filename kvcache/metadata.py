@@ -17,11 +17,12 @@ from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
+from kvcache.printing import Node
 from kvcache.sequences import SequenceTable
 from kvcache.windows import WindowBlocks
 
 
-class WindowView(flax.struct.PyTreeNode, kw_only=True):
+class WindowView(Node, kw_only=True):
   """Where a step's tokens stand in the pool of one sliding window.
 
   Attributes:
@@ -33,7 +34,7 @@ class WindowView(flax.struct.PyTreeNode, kw_only=True):
   slot_mapping: Array
 
 
-class SharedPrefix(flax.struct.PyTreeNode, kw_only=True):
+class SharedPrefix(Node, kw_only=True):
   """First blocks that rows of a step have in common, so that they are read once.
 
   Attributes:
@@ -45,7 +46,7 @@ class SharedPrefix(flax.struct.PyTreeNode, kw_only=True):
   shares: Array
 
 
-class StepMetadata(flax.struct.PyTreeNode, kw_only=True):
+class StepMetadata(Node, kw_only=True):
   """Where each token of a step comes from and goes to.
 
   Attributes:

@@ -15,19 +15,19 @@ A hit is exact: tokens, namespace and the parent block are compared, never the h
 alone.
 """
 
-import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvcache import hashing, ragged, ring
 from kvcache.config import NULL_BLOCK
+from kvcache.printing import Node
 from kvcache.ring import EvictionRing
 
 _MARK = -(1 << 30)
 
 
-class PrefixIndex(flax.struct.PyTreeNode, kw_only=True):
+class PrefixIndex(Node, kw_only=True):
   """What is known of each block's tokens. "Cached" means in the index.
 
   Attributes:
@@ -187,7 +187,7 @@ def _is_same(
 # --- Inserting ------------------------------------------------------------------------
 
 
-class Insertion(flax.struct.PyTreeNode, kw_only=True):
+class Insertion(Node, kw_only=True):
   """What became of each entry of one `insert`.
 
   Attributes:

@@ -5,16 +5,17 @@ static length, so that its cost is the number of things and not rows times the l
 row.
 """
 
-import flax.struct
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
+
+from kvcache.printing import Node
 
 _COPY_BATCH = 4
 _NEVER = 2**31 - 1
 
 
-class Ragged(flax.struct.PyTreeNode, kw_only=True):
+class Ragged(Node, kw_only=True):
   """The first `E` entries of the rows, in row order.
 
   Attributes:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import enum
 from typing import Any
 
-import flax.struct
 import jax
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import arguments, sampling
+from kvcache import arguments, printing, sampling
 from kvcache.errors import Status
+from kvcache.printing import count, Node
 from kvcache.sampling import SamplingParams, SamplingSettings
 
 NO_TOKEN = -1
@@ -66,7 +66,7 @@ class WaitReason(enum.IntEnum):
   """It has a row, but others had the step's whole token budget."""
 
 
-class Requests(flax.struct.PyTreeNode, kw_only=True):
+class Requests(Node, kw_only=True):
   """`Q` requests; `C` is the longest that any of them can get.
 
   Attributes:
@@ -117,6 +117,28 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
   num_drafts: Array
   num_accepted: Array
 
+  def __repr__(self) -> str:
+    arrays = jax.tree.leaves(self)
+    if not all(isinstance(x, Array | np.ndarray) for x in arrays):
+      return super().__repr__()
+    size = f"{count(self.num_requests, 'request')} of up to"
+    size = f"{size} {count(self.capacity, 'token')}"
+    if (reason := printing.obstacle(arrays)) is not None:
+      return f"Requests({size}; {reason})"
+    if self.tokens.ndim != 2:
+      return f"Requests({size}; a batch of {self.tokens.shape[:-2]})"
+    num_prompt = int(np.sum(self.prompt_lens))
+    parts = [
+      size,
+      _counts(RequestStatus, self.status),
+      f"{count(num_prompt, 'prompt token')},"
+      f" {int(np.sum(self.lengths)) - num_prompt:,} new",
+      count(int(self.num_steps), "step"),
+    ]
+    if reasons := _counts(FinishReason, self.finish_reason):
+      parts[1] += f" ({reasons})"
+    return f"Requests({'; '.join(parts)})"
+
   @property
   def num_requests(self) -> int:
     """`Q`."""
@@ -144,15 +166,22 @@ class Requests(flax.struct.PyTreeNode, kw_only=True):
     elif reason is not FinishReason.NONE:
       text += f" ({reason.name.lower()})"
     prompt, length = int(self.prompt_lens[index]), int(self.lengths[index])
-    text += f"; {prompt} prompt tokens, {int(self.num_cached[index])} of them cached"
-    text += f"; {length - prompt} new tokens"
+    text += (
+      f"; {count(prompt, 'prompt token')}, {int(self.num_cached[index])} of them cached"
+    )
+    text += f"; {count(length - prompt, 'new token')}"
     if waited := self.waited(index):
       told = (f"{num} {_WAITS[why]}" for why, num in waited.items())
-      text += f"; waited {sum(waited.values())} steps: {', '.join(told)}"
-    times = int(self.num_preemptions[index])
-    if times:
-      text += f"; preempted {times} time{'s' * (times > 1)}"
+      text += f"; waited {count(sum(waited.values()), 'step')}: {', '.join(told)}"
+    if times := int(self.num_preemptions[index]):
+      text += f"; preempted {count(times, 'time')}"
     return text
+
+
+def _counts(kind: type[enum.IntEnum], values: Array) -> str:
+  """How many there are of each, `"3 waiting, 1 running"`; `NONE` is left out."""
+  nums = ((x, int(np.sum(np.asarray(values) == x))) for x in kind if x.name != "NONE")
+  return ", ".join(f"{num:,} {x.name.lower()}" for x, num in nums if num)
 
 
 _WAITS = {
@@ -165,7 +194,7 @@ _WAITS = {
 }
 
 
-class Batch(flax.struct.PyTreeNode, kw_only=True):
+class Batch(Node, kw_only=True):
   """The running requests by row: what a decode step uses instead of `[Q]` arrays.
 
   Attributes:

@@ -5,17 +5,17 @@ block's `queue_pos` still names it, so taking a block out of the middle is one s
 and the order is least recently used without a tree and without a sort.
 """
 
-import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
 from kvcache import ragged
+from kvcache.printing import Node
 
 _SLOTS_PER_BLOCK = 3
 _MARK = -(1 << 30)
 
 
-class EvictionRing(flax.struct.PyTreeNode, kw_only=True):
+class EvictionRing(Node, kw_only=True):
   """A queue over `N` blocks.
 
   Attributes:

@@ -19,11 +19,12 @@ import functools
 import math
 import numbers
 
-import flax.struct
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
+
+from kvcache.printing import Node
 
 _MAX_UINT32 = 2**32 - 1
 _MAX_INT32 = 2**31 - 1
@@ -68,7 +69,7 @@ class SamplingParams:
     _check_integer("seed", self.seed, _MAX_UINT32)
 
 
-class SamplingSettings(flax.struct.PyTreeNode, kw_only=True):
+class SamplingSettings(Node, kw_only=True):
   """The sampling parameters of `S` rows, one entry per row; see `SamplingParams`."""
 
   temperature: Array  # [S] float32

@@ -9,13 +9,13 @@ it is preempted.
 from collections.abc import Callable
 import dataclasses
 
-import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
 from kvcache import context, lifecycle, ragged, stepping, windows
 from kvcache.context import Context
 from kvcache.errors import Status
+from kvcache.printing import Node
 from kvcache.requests import (
   Batch,
   FinishReason,
@@ -82,7 +82,7 @@ class SchedulerConfig:
       raise ValueError(f"watermark must be a non-negative int, got {mark!r}")
 
 
-class Plan(flax.struct.PyTreeNode, kw_only=True):
+class Plan(Node, kw_only=True):
   """What the next step does.
 
   Attributes:

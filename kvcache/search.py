@@ -7,7 +7,6 @@ and branches that are given up go by `finish`, all inside `jax.jit`.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.struct
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.typing import ArrayLike
 from kvcache import arguments, context, lifecycle, ragged, sampling, scheduler, stepping
 from kvcache.context import Context
 from kvcache.errors import Status
+from kvcache.printing import Node
 from kvcache.requests import NO_TOKEN
 from kvcache.sampling import Sampler, SamplingSettings
 from kvcache.serve import Model
@@ -23,7 +23,7 @@ from kvcache.serve import Model
 _NEVER = -jnp.inf
 
 
-class SearchResult(flax.struct.PyTreeNode, kw_only=True):
+class SearchResult(Node, kw_only=True):
   """`B` continuations of a prompt, the best one first.
 
   Attributes:

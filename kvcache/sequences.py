@@ -1,13 +1,13 @@
 """SequenceTable: which blocks each sequence owns, in order, and how long each is."""
 
-import flax.struct
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
+from kvcache.printing import Node
 
 
-class SequenceTable(flax.struct.PyTreeNode, kw_only=True):
+class SequenceTable(Node, kw_only=True):
   """`S` rows; a live sequence keeps its row, its `seq_id`, until it is finished.
 
   Attributes:

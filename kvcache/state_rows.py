@@ -18,18 +18,18 @@ A draft step may keep any number of its tokens. It writes the state after each o
 to a row of its own, and accepting some is choosing the row to be read next.
 """
 
-import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
 from kvcache import blocks, ragged
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_STATE
+from kvcache.printing import Node
 
 _LATE = 2**31 - 1
 
 
-class StateRows(flax.struct.PyTreeNode, kw_only=True):
+class StateRows(Node, kw_only=True):
   """Bookkeeping of `M` states for `S` sequences and `N` blocks.
 
   `W = 1 + max_drafts` states belong to each sequence.

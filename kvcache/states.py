@@ -7,7 +7,6 @@ is told by `kvcache.state_rows`.
 
 from collections.abc import Mapping
 
-import flax.struct
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -15,9 +14,10 @@ from jax.typing import ArrayLike
 
 from kvcache import ragged
 from kvcache.config import RecurrentLayer
+from kvcache.printing import Node
 
 
-class StateStore(flax.struct.PyTreeNode, kw_only=True):
+class StateStore(Node, kw_only=True):
   """States of all rows of all recurrent layers.
 
   Attributes:

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from kvcache import blocks, ragged, ring
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
+from kvcache.printing import Node
 from kvcache.ring import EvictionRing
 from kvcache.sequences import SequenceTable
 
 _MARK = -(1 << 30)
 
 
-class WindowBlocks(flax.struct.PyTreeNode, kw_only=True):
+class WindowBlocks(Node, kw_only=True):
   """`Nw` blocks for `S` rows, beside the `N` blocks of the context.
 
   Attributes:

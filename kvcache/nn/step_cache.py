@@ -9,17 +9,17 @@ changes.
 from typing import Any
 
 from flax import nnx
-import flax.struct
 import jax
 from jax.typing import ArrayLike
 
 from kvcache.attention import attend
 from kvcache.context import Context
 from kvcache.metadata import StepMetadata
+from kvcache.printing import Node
 from kvcache.stepping import write_kv
 
 
-class StepCache(flax.struct.PyTreeNode, kw_only=True):
+class StepCache(Node, kw_only=True):
   """A context in the middle of a step.
 
   Attributes:

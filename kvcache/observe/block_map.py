@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.core import Tracer
 import numpy as np
 
+from kvcache import printing
 from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig, NULL_STATE
 from kvcache.context import Context
@@ -125,20 +125,12 @@ class BlockMap:
 def obstacle(ctx: Context) -> str | None:
   """Why a context's bookkeeping cannot be read on the host; None if it can."""
   leaves = jax.tree.leaves((ctx.tables, ctx.counters))
-  if any(isinstance(leaf, Tracer) for leaf in leaves):
-    return "traced"
-  if any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in leaves):
-    return "donated"
+  if (reason := printing.obstacle(leaves)) is not None:
+    return reason
   if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
     return "shapes only"
   if not all(isinstance(leaf, Array | np.ndarray | np.generic) for leaf in leaves):
     return "not arrays"
-  if any(
-    isinstance(leaf, Array)
-    and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-    for leaf in leaves
-  ):
-    return "on other hosts"
   if np.ndim(ctx.pool.num_free):
     return f"a batch of {np.shape(ctx.pool.num_free)}"
   return None

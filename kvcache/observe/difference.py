@@ -10,6 +10,7 @@ from kvcache.observe import block_map
 from kvcache.observe.block_map import BlockMap
 from kvcache.observe.measures import index_events
 from kvcache.observe.palette import Kind, LOOKS
+from kvcache.printing import count
 
 _MAX_LISTED = 12
 
@@ -46,8 +47,8 @@ class Difference:
   def lines(self) -> list[tuple[str, str]]:
     """What changed and how, a line each, as `(what, how)`."""
     found = [
-      ("admitted", _rows({row: f"{num} tokens" for row, num in self.admitted.items()})),
-      ("finished", _rows({row: f"{num} tokens" for row, num in self.finished.items()})),
+      ("admitted", _rows({row: count(n, "token") for row, n in self.admitted.items()})),
+      ("finished", _rows({row: count(n, "token") for row, n in self.finished.items()})),
       ("grown", _rows({row: f"{a} to {b}" for row, (a, b) in self.grown.items()})),
       ("shrunk", _rows({row: f"{a} to {b}" for row, (a, b) in self.shrunk.items()})),
       *(

@@ -5,13 +5,13 @@ outer loop, so a row of samples per admission, completion or burst of decode ste
 is read on the host once per slice.
 """
 
-import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
 
 from kvcache import ragged
 from kvcache.context import Context
+from kvcache.printing import Node
 from kvcache.requests import Requests, RequestStatus
 
 FIELDS = (
@@ -33,7 +33,7 @@ FIELDS = (
 of its moment."""
 
 
-class History(flax.struct.PyTreeNode, kw_only=True):
+class History(Node, kw_only=True):
   """The last `E` samples.
 
   Attributes:

@@ -14,6 +14,7 @@ from kvcache.context import Context
 from kvcache.observe import block_map, text
 from kvcache.observe.block_map import BlockMap, PoolMap
 from kvcache.observe.palette import Kind, LOOKS
+from kvcache.printing import count
 
 Decode = Callable[[list[int]], str]
 
@@ -128,7 +129,7 @@ def _rows(found: BlockMap, decode: Decode | None) -> str:
       bins = np.bincount(kinds[column : column + width], minlength=len(Kind))
       hover = f"columns {column}-{column + len(ids) - 1}: {_bin_text(bins)}"
       cells.append(_mixed_cell(bins, hover))
-    label = f"row {row} &middot; {found.seq_len(row)} tokens"
+    label = f"row {row} &middot; {count(found.seq_len(row), 'token')}"
     lines.append(f'<b>{label}</b><div class="g">{"".join(cells)}</div>')
   more = len(found.rows) - len(shown)
   lines.append(f"<b>and {more} more</b>" if more else "")
@@ -193,7 +194,7 @@ def _block_hover(
     more = len(holders) - _MAX_HOLDERS
     refs = int(pool.ref_counts[block])
     lines.append(
-      f"{refs} reference{'s' * (refs > 1)}: {told}" + (f" and {more} more" * (more > 0))
+      f"{count(refs, 'reference')}: {told}" + (f" and {more} more" * (more > 0))
     )
   if pool is not found.blocks:
     owner = int(pool.owners[block])

@@ -4,16 +4,16 @@ Pure reads. `stats` and `events` may be jitted; they look at every block, so cal
 once per slice of work and not in every step.
 """
 
-import flax.struct
 from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
 from kvcache.context import Context, Counters
 from kvcache.prefix import PrefixIndex
+from kvcache.printing import Node
 
 
-class Stats(flax.struct.PyTreeNode, kw_only=True):
+class Stats(Node, kw_only=True):
   """How the memory is used. All `[]` int32 unless said otherwise.
 
   Attributes:
@@ -52,7 +52,7 @@ class Stats(flax.struct.PyTreeNode, kw_only=True):
   counters: Counters
 
 
-class Events(flax.struct.PyTreeNode, kw_only=True):
+class Events(Node, kw_only=True):
   """What entered and left the prefix index between two contexts.
 
   Attributes:

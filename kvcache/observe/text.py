@@ -7,6 +7,7 @@ from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.observe import block_map
 from kvcache.observe.palette import LOOKS
+from kvcache.printing import count
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -20,10 +21,10 @@ def describe(ctx: Context) -> str:
   if reason is not None:
     return f"Context({sizes(config)}; {reason})"
   found = block_map.map_blocks(ctx)
-  num_tokens = int(found.tables.sequences.seq_lens.sum())
+  tokens = count(int(found.tables.sequences.seq_lens.sum()), "token")
   parts = [
     sizes(config),
-    f"{len(found.rows)} of {config.max_seqs} rows hold {num_tokens} tokens",
+    f"{len(found.rows):,} of {config.max_seqs:,} rows hold {tokens}",
     *(f"{pool.name}: {counts(pool)}" for pool in found.pools),
   ]
   return f"Context({'; '.join(parts)})"
@@ -31,23 +32,25 @@ def describe(ctx: Context) -> str:
 
 def sizes(config: CacheConfig) -> str:
   """Returns the static sizes in a few words."""
-  parts = [f"{config.num_blocks - 1} blocks of {config.block_size} tokens"]
+  parts = [
+    f"{count(config.num_blocks - 1, 'block')} of {count(config.block_size, 'token')}"
+  ]
   for group in config.groups:
     layer, num = group.layer, group.num_layers
-    window = "" if layer.sliding_window is None else f" window {layer.sliding_window}"
+    window = "" if layer.sliding_window is None else f"window {layer.sliding_window} "
     parts.append(
-      f"{num}{window} attention layer{'s' * (num > 1)}"
+      f"{count(num, f'{window}attention layer')}"
       f" {layer.num_kv_heads}x{layer.head_dim} {layer.kv_dtype}"
     )
   if config.num_recurrent_layers:
     num = config.num_recurrent_layers
-    parts.append(f"{num} recurrent layer{'s' * (num > 1)}")
+    parts.append(count(num, "recurrent layer"))
   return ", ".join([*parts, num_bytes(config.num_bytes)])
 
 
 def counts(pool: block_map.PoolMap) -> str:
   """Returns how many blocks are of each kind, `"3 shared, 9 free"`."""
-  return ", ".join(f"{num} {LOOKS[kind].name}" for kind, num in pool.counts.items())
+  return ", ".join(f"{num:,} {LOOKS[kind].name}" for kind, num in pool.counts.items())
 
 
 def num_bytes(num: int) -> str:
