@@ -2,93 +2,96 @@
 
 Needs jax, flax, chex and numpy alone: `PYTHONPATH=. python -m benchmarks.gpu`. Shapes
 are compared with plain XLA in float32, and times are taken beside the device's own copy
-bandwidth and matmul rate. A case that fails is a row that says why. The table is
-written anew after each row, so a run that is cut off leaves what it has measured.
+bandwidth and matmul rate. A case that fails is a row that says why; one that hangs, or
+takes its process down, is too, and a new process goes on without what is like it. The
+table is written anew after each row, so a run that is cut off leaves what it has
+measured; `--only` keeps the rows of an earlier run and replaces its own.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import dataclasses
 from pathlib import Path
 import sys
 import time
 
-import jax
-
-from benchmarks import (
-  gpu_attention,
-  gpu_bookkeeping,
-  gpu_serve,
-  gpu_ssm,
-  gpu_table,
-  gpu_torch,
-)
-from benchmarks.gpu_loop import call_seconds, Chain, copy_chain, matmul_chain
-from benchmarks.gpu_rows import failed, Row, Run, Section
-from benchmarks.gpu_sizes import FULL, TINY
+from benchmarks import gpu_table, gpu_worker
+from benchmarks.gpu_rows import Row
+from benchmarks.gpu_table import Facts
+from benchmarks.gpu_watch import Begun, LostError, watch
+from benchmarks.gpu_worker import Finished, left_out, Task
 
 ROOT = Path(__file__).parent
 MINUTES = 7.5
+_GRACE = 20.0
+"""Seconds that a worker may need to end."""
 
 
-def measure_device(run: Run) -> Iterator[Row]:
-  """Copy bandwidth in GB/s, and the rate of a bfloat16 matmul in TFLOP/s."""
-  sizes = run.sizes
+def measure(
+  task: Task, work: Callable[..., None] = gpu_worker.work
+) -> Iterator[Row | Facts]:
+  """Rows of the sections of a task, and first what they depend on.
 
-  def measured(what: str, chain: Chain, work: float) -> Row:
-    seconds = call_seconds(chain, sizes.seconds)
-    rate = work / seconds
-    return Row(
-      section="device", what=what, by="xla", microseconds=seconds * 1e6, rate=rate
-    )
-
-  n = sizes.copy_elements
-  yield measured("copy", copy_chain(n), 2 * 4 * n / 1e9)
-  n = sizes.matmul
-  yield measured(f"matmul {n}", matmul_chain(n), 2 * n**3 / 1e12)
-
-
-SECTIONS = (
-  Section(name="device", measure=measure_device),
-  Section(name="check", measure=lambda run: gpu_attention.check(run, run.sizes.first)),
-  Section(name="decode", measure=gpu_attention.time_decode),
-  Section(name="bookkeeping", measure=gpu_bookkeeping.time_steps),
-  Section(name="prefill", measure=gpu_attention.time_prefill),
-  Section(name="states", measure=gpu_ssm.measure),
-  Section(name="layout", measure=gpu_attention.time_layouts),
-  Section(name="serve", measure=gpu_serve.time_serve, seconds=100.0),
-  Section(
-    name="check-rest", measure=lambda run: gpu_attention.check(run, run.sizes.rest)
-  ),
-  # Last, since it compiles for as long as it likes.
-  Section(name="torch", measure=gpu_torch.time_decode, seconds=20.0),
-)
-"""In order of worth: what comes late is left out first. Another kernel's times are one
-more line."""
-
-
-def measure(run: Run, names: set[str], seconds: float) -> Iterator[Row]:
-  """All rows of the sections named; begins none when the time is up."""
-  end = time.monotonic() + seconds
-  for section in SECTIONS:
-    if section.name not in names:
-      continue
+  Workers are started one after another, as long as they get lost.
+  """
+  end, is_known = time.monotonic() + task.seconds, False
+  while task.sections:
     left = end - time.monotonic()
-    if left < section.seconds:
-      yield _left_out(section.name, "all of it", left)
-      continue
+    task = dataclasses.replace(task, seconds=left)
+    last = None
     try:
-      for row in section.measure(run):
-        yield row
-        if time.monotonic() > end:
-          yield _left_out(section.name, "what would follow", end - time.monotonic())
-          break
-    except Exception as problem:
-      yield failed(section.name, "all of it", "", problem)
+      for message in watch(work, task, seconds=left + _GRACE):
+        if isinstance(message, Begun):
+          last = message.name
+        elif isinstance(message, Row):
+          last = None
+          task = dataclasses.replace(task, rows=(*task.rows, message))
+          yield message
+        elif isinstance(message, Finished):
+          task = _without(task, message.section)
+        elif isinstance(message, dict):
+          if not is_known:
+            yield message
+          is_known = True
+        else:
+          sys.exit(message)
+      return
+    except LostError as problem:
+      row, task = _blame(task, last, problem)
+      task = dataclasses.replace(task, rows=(*task.rows, row))
+      yield row
+    if end - time.monotonic() <= 0:
+      yield from (left_out(name, "what would follow", 0.0) for name in task.sections)
+      return
+
+
+def _blame(
+  task: Task, last: tuple[str, ...] | None, problem: LostError
+) -> tuple[Row, Task]:
+  """What took a worker down, and what is left to do without it."""
+  if last is not None and (last[0], last[2]) not in task.lost:
+    section, what, by = last
+    row = Row(section=section, what=what, by=by, error=str(problem), is_bad=True)
+    for known in task.rows:
+      if known.key == last:  # After that failure the device computed no more.
+        text = f"{problem} after {known.error}"
+        row = dataclasses.replace(row, error=text[:200], details=known.details)
+    return row, dataclasses.replace(task, lost=task.lost | {(section, by)})
+  section, text = task.sections[0], str(problem)
+  row = Row(section=section, what="compiling", by="", error=text, is_bad=True)
+  if task.is_careful:
+    return row, _without(task, section)
+  return row, dataclasses.replace(task, is_careful=True)
+
+
+def _without(task: Task, section: str) -> Task:
+  names = tuple(name for name in task.sections if name != section)
+  return dataclasses.replace(task, sections=names, is_careful=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs everything; ends with an error if a comparison failed."""
-  names = [section.name for section in SECTIONS]
+  names = [section.name for section in gpu_worker.SECTIONS]
   parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
   parser.add_argument(
     "--dry-run", action="store_true", help="tiny shapes, interpreted, on any device"
@@ -107,28 +110,26 @@ def main(arguments: list[str] | None = None) -> None:
   )
   parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR")
   options = parser.parse_args(arguments)
-  is_dry = options.dry_run
-  if not is_dry and jax.default_backend() != "gpu":
-    sys.exit(f"needs a GPU, and jax sees {jax.devices()}; try --dry-run")
-  run = Run(sizes=TINY if is_dry else FULL, interpret=is_dry)
-  chosen = {"device", *(options.only or names)}
-  start, paths = time.monotonic(), []
-  for row in measure(run, chosen, 60 * options.minutes):
-    run.rows.append(row)
-    print(f"{time.monotonic() - start:5.0f} s {gpu_table.line(row)}", flush=True)
-    paths = gpu_table.save(run.rows, options.out, is_dry=is_dry)
+  wanted = {"device", *(options.only or names)}
+  task = Task(
+    sections=tuple(name for name in names if name in wanted),
+    is_dry=options.dry_run,
+    seconds=60 * options.minutes,
+  )
+  start, rows, facts, old, paths = time.monotonic(), [], None, [], []
+  for found in measure(task):
+    if not isinstance(found, Row):
+      facts = found
+      old = gpu_table.load(options.out, facts) if options.only else []
+      continue
+    rows.append(found)
+    print(f"{time.monotonic() - start:5.0f} s {gpu_table.line(found)}", flush=True)
+    if facts is not None:
+      paths = gpu_table.save(gpu_table.merged(old, rows), options.out, facts)
   for path in paths:
     print(f"wrote {path}")
-  bad = [f"{row.section} {row.what}" for row in run.rows if row.is_bad]
-  if bad:
-    sys.exit(
-      f"{len(bad)} of {len(run.rows)} rows are wrong or failed: {', '.join(bad)}"
-    )
-
-
-def _left_out(section: str, what: str, left: float) -> Row:
-  text = f"left out: {max(left, 0.0):.0f} s are left"
-  return Row(section=section, what=what, by="", error=text)
+  if bad := [f"{row.section} {row.what}" for row in rows if row.is_bad]:
+    sys.exit(f"{len(bad)} of {len(rows)} rows are wrong or failed: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

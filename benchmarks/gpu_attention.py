@@ -43,21 +43,26 @@ def _begin_checks(run: Run, spec: ArgSpec, pool: ThreadPoolExecutor) -> list[Any
     rows = [(n, min(q, 1) if is_decode else q) for n, q in run.sizes.checked]
     try:
       batch = make_batch(spec, rows, is_decode=is_decode)
-      want = _begin(exactly(batch), batch.in_float32().arrays, pool)
+      ours = [(by, _attention_of(batch, by, run)) for by in run.implementations]
+      if spec.name.startswith("llama-3-8b") and not run.interpret:
+        ours += gpu_peers.serving(batch)
+      ours = [(by, make) for by, make in ours if run.wants("check", what, by)]
+      if not ours or not run.wants("check", what, "xla"):
+        continue
+      run.begin_to_compile("check", what, "xla")
+      want = _begin(exactly(batch), batch.in_float32().arrays, pool, run)
     except Exception as problem:
       found.append([failed("check", what, "xla", problem)])
       continue
-    ours = [(by, _attention_of(batch, by, run)) for by in run.implementations]
-    if spec.name.startswith("llama-3-8b") and not run.interpret:
-      ours += gpu_peers.serving(batch)
     runs = []
     for by, make in ours:
       try:
+        run.begin_to_compile("check", what, by)
         arrays, call = make()
-        runs.append((by, _begin(call, arrays, pool)))
+        runs.append((by, _begin(call, arrays, pool, run)))
       except Exception as problem:
         runs.append((by, functools.partial(_raise, problem)))
-    found.append(_compare(what, spec, want, runs))
+    found.append(_compare(what, spec, want, runs, run))
   return found
 
 
@@ -72,9 +77,12 @@ def exactly(batch: Batch) -> Any:
   return run
 
 
-def _compare(what: str, spec: ArgSpec, want: Any, runs: list[Any]) -> Iterator[Row]:
+def _compare(
+  what: str, spec: ArgSpec, want: Any, runs: list[Any], run: Run
+) -> Iterator[Row]:
   """Rows of one batch."""
   try:
+    run.begin("check", what, "xla")
     want, want_lse = want()
   except Exception as problem:
     yield failed("check", what, "xla", problem)
@@ -82,6 +90,7 @@ def _compare(what: str, spec: ArgSpec, want: Any, runs: list[Any]) -> Iterator[R
   for by, call in runs:
     is_ours = by in IMPLEMENTATIONS
     try:
+      run.begin("check", what, by)
       result = call()
       out, lse = result if is_ours else (result, want_lse)
       seen = want_lse > -jnp.inf
@@ -99,9 +108,11 @@ def _compare(what: str, spec: ArgSpec, want: Any, runs: list[Any]) -> Iterator[R
       yield failed("check", what, by, problem, is_bad=is_ours)
 
 
-def _begin(call: Any, arrays: Arrays, pool: ThreadPoolExecutor) -> Any:
+def _begin(call: Any, arrays: Arrays, pool: ThreadPoolExecutor, run: Run) -> Any:
   """Lowers here, begins to compile elsewhere; the result runs it."""
   compiled = pool.submit(jax.jit(call).lower(arrays).compile)
+  if run.is_careful:
+    compiled.exception()  # waits
   return lambda: compiled.result()(arrays)
 
 
@@ -155,10 +166,12 @@ def time_prefill(run: Run) -> Iterator[Row]:
     flops = 2 * length * length * spec.num_heads * spec.head_dim
     candidates = [(by, _attention_of(batch, by, run)) for by in run.implementations]
     estimate = flops / 400e12
-    timers = begin_timers(batch, candidates, estimate, run, num=2)
+    timers = begin_timers("prefill", what, batch, candidates, estimate, run, num=2)
     for by, timer in timers:
       try:
-        seconds = timer().seconds()
+        found = timer()
+        run.begin("prefill", what, by)
+        seconds = found.seconds()
         rate = flops / seconds / 1e12
         yield Row(
           section="prefill",
@@ -183,9 +196,12 @@ def time_candidates(
   """Times each on a batch; peers that fail are no failure of this project."""
   num = max(batch.num_copies, 1 if run.interpret else _LEAST_TURNS)
   estimate = max(4e-6, num_bytes / 2.5e12)
-  for by, timer in begin_timers(batch, candidates, estimate, run, num=num):
+  timers = begin_timers(section, what, batch, candidates, estimate, run, num=num)
+  for by, timer in timers:
     try:
-      seconds = timer().seconds()
+      found = timer()
+      run.begin(section, what, by)
+      seconds = found.seconds()
       rate = num_bytes / seconds / 1e9
       yield Row(
         section=section,
@@ -201,6 +217,8 @@ def time_candidates(
 
 
 def begin_timers(
+  section: str,
+  what: str,
   batch: Batch,
   candidates: Sequence[tuple[str, Any]],
   estimate: float,
@@ -212,13 +230,18 @@ def begin_timers(
   with ThreadPoolExecutor() as pool:
     begun = []
     for by, make in candidates:
+      if not run.wants(section, what, by):
+        continue
       try:
+        run.begin_to_compile(section, what, by)
         arrays, call = make()
         turns = gpu_peers.turns(batch, by, num)
         turns = turns or _turns(batch, arrays["block_tables"], num)
         chain = attention_chain(arrays, call, turns, estimate)
         timer = Timer(chain, run.sizes.seconds)
         begun.append((by, pool.submit(timer.lower().compile)))
+        if run.is_careful:
+          begun[-1][1].exception()  # waits
       except Exception as problem:
         begun.append((by, pool.submit(_raise, problem)))
   return [(by, future.result) for by, future in begun]

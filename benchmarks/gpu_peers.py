@@ -38,6 +38,8 @@ def jax_triton(batch: Batch) -> tuple[Arrays, Run]:
       arrays["block_tables"],
       arrays["seq_lens"],
       attn_logits_soft_cap=batch.spec.logits_soft_cap,
+      # More do not fit into shared memory.
+      pages_per_compute_block=max(1, min(8, 128 // batch.spec.block_size)),
     )
 
   return arrays | pools | {"block_tables": tables}, run

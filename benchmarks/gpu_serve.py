@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import functools
+import math
 import statistics
 import time
 from typing import Any
@@ -115,31 +116,39 @@ def make_scenes(run: Run, model: LlamaConfig) -> list[Scene]:
 
 def time_serve(run: Run) -> Iterator[Row]:
   """Times decode steps of `serve`, each layer on its own and then scanned."""
-  outside: dict[str, float] = {}
   for scan_layers in run.sizes.scans:
     model = llama(run, scan_layers=scan_layers)
     scenes = make_scenes(run, model)
     # Separate layers take long to compile: once is enough.
     names = run.implementations if scan_layers else run.implementations[:1]
-    bare = [scene for scene in scenes if scene.name not in outside]
+    pairs = [
+      (scene, by)
+      for scene in scenes
+      for by in names
+      if run.wants("serve", f"{scene.name}: step", _label(by, scan_layers))
+    ]
+    if not pairs:
+      continue
+    bare = [
+      scene for scene in scenes if run.wants("serve", f"{scene.name}: step", "no model")
+    ]
     wanted = [(scene.without_layers(), None, _no_model(scene, None)) for scene in bare]
-    wanted += [(scene, by, abstract(model)) for scene in scenes for by in names]
+    wanted += [(scene, by, abstract(model)) for scene, by in pairs]
     loops = _begin_loops(wanted, run)
     for scene in bare:
-      row = _time_outside(scene, loops.pop(0), run)
-      outside[scene.name] = (row.microseconds or float("nan")) / 1e6
-      yield row
+      run.begin("serve", f"{scene.name}: step", "no model", seconds=60.0)
+      yield _time_outside(scene, loops.pop(0), run)
     try:
       function = with_weights(abstract(model))
     except Exception as problem:  # of memory
       yield failed("serve", "weights", "", problem)
       continue
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(function))
-    pairs = [(scene, by) for scene in scenes for by in names]
     for (scene, by), loop in zip(pairs, loops, strict=True):
-      name = f"{by}, {'scanned' if scan_layers else 'separate'} layers"
+      name = _label(by, scan_layers)
       read = num_bytes + scene.kv_bytes
       try:
+        run.begin("serve", f"{scene.name}: step", name, seconds=60.0)
         seconds = loop().step_seconds(fill(scene), function, run.sizes.steps)
       except Exception as problem:
         yield failed("serve", f"{scene.name}: step", name, problem)
@@ -153,7 +162,7 @@ def time_serve(run: Run) -> Iterator[Row]:
         share=run.share_of("copy", read / seconds / 1e9),
         num_bytes=read,
       )
-      rest = outside[scene.name]
+      rest = _seconds_outside(scene, run)
       yield Row(
         section="serve",
         what=f"{scene.name}: outside the model",
@@ -162,6 +171,16 @@ def time_serve(run: Run) -> Iterator[Row]:
         share=rest / seconds,
       )
     del function
+
+
+def _seconds_outside(scene: Scene, run: Run) -> float:
+  key = ("serve", f"{scene.name}: step", "no model")
+  times = [row.microseconds for row in run.rows if row.key == key]
+  return (times[0] if times and times[0] else math.nan) / 1e6
+
+
+def _label(by: str, scan_layers: bool) -> str:
+  return f"{by}, {'scanned' if scan_layers else 'separate'} layers"
 
 
 def _begin_loops(

@@ -161,7 +161,8 @@ def _step_case(name: str, rows: int, operation: str, interpret: bool, by: str) -
   spec = TINY if interpret else named(name)
   per_state = spec.ssd_bytes if operation == "ssd" else spec.conv_bytes
   num_bytes = 2 * rows * per_state
-  num_layers = 1 if interpret else num_turns(num_bytes)
+  # What is written is what was read.
+  num_layers = 1 if interpret else num_turns(num_bytes // 2)
   batch = make_batch(
     spec, (1,) * rows, operation=operation, is_decode=True, num_layers=num_layers
   )
@@ -218,7 +219,7 @@ def _options(batch: Batch) -> dict[str, Any]:
   return {"chunk_size": 64} if batch.operation == "ssd" else {}
 
 
-def check(specs: Sequence[ArgSpec], *, interpret: bool = False) -> Iterator[Row]:
+def check(specs: Sequence[ArgSpec], run: Run) -> Iterator[Row]:
   """Compares every implementation with XLA in float32."""
   forms = {
     "decode": ([min(n, 1) for n in CHECKED], {"is_decode": True}),
@@ -231,17 +232,26 @@ def check(specs: Sequence[ArgSpec], *, interpret: bool = False) -> Iterator[Row]
         if (operation, form) == ("conv1d", "mixed"):  # XLA's alone
           continue
         what = f"{spec.name}, {operation} {form}"
-        batch = make_batch(spec, lens, operation=operation, **options)
-        more = _options(batch)
-        exact = jax.jit(functools.partial(batch.run("xla", interpret=False), **more))
-        with jax.default_matmul_precision("highest"):  # not in tensor-core halves
-          want = exact(**batch.in_float32())
+        wanted = [by for by in IMPLEMENTATIONS if run.wants("check", what, by)]
+        if not wanted:
+          continue
+        try:
+          run.begin("check", what, "exact", seconds=60.0)
+          batch = make_batch(spec, lens, operation=operation, **options)
+          more = _options(batch)
+          exact = jax.jit(functools.partial(batch.run("xla", interpret=False), **more))
+          with jax.default_matmul_precision("highest"):  # not in tensor-core halves
+            want = exact(**batch.in_float32())
+        except Exception as problem:
+          yield failed("check", what, "exact", problem)
+          continue
         live = _live(lens, **options)
         limit = TOLERANCE[jnp.dtype(spec.dtype).name]
-        for by in IMPLEMENTATIONS:
+        for by in wanted:
           try:
-            run = jax.jit(functools.partial(batch.run(by, interpret=interpret), **more))
-            got = run(**batch.arrays)
+            run.begin("check", what, by, seconds=60.0)
+            call = batch.run(by, interpret=run.interpret)
+            got = jax.jit(functools.partial(call, **more))(**batch.arrays)
             error = max(_error(got[0][live], want[0][live]), _error(got[1], want[1]))
             # NaN is never below the limit.
             is_bad = not error < limit
@@ -262,14 +272,16 @@ def _error(got: Any, want: Any) -> float:
 
 def measure(run: Run) -> Iterator[Row]:
   """All rows: two shapes are compared, then times taken, then the others compared."""
-  first = [TINY] if run.interpret else [named(name) for name in FIRST]
-  yield from check(first, interpret=run.interpret)
+  yield from check([TINY] if run.interpret else [named(n) for n in FIRST], run)
   for make in cases(interpret=run.interpret):
     section = what = ""
     for by in IMPLEMENTATIONS:
       try:
         case = make(by)
         section, what = case.section, case.what
+        if not run.wants(section, what, by):
+          continue
+        run.begin(section, what, by, seconds=60.0)
         seconds = call_seconds(case.chain, run.sizes.seconds)
         rate = case.work / seconds
         yield Row(
@@ -284,4 +296,4 @@ def measure(run: Run) -> Iterator[Row]:
       except Exception as problem:
         yield failed(section or "ssm", what, by, problem)
   if not run.interpret:
-    yield from check([spec for spec in ARG_SPECS if spec.name not in FIRST])
+    yield from check([spec for spec in ARG_SPECS if spec.name not in FIRST], run)

@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
+import os
 from pathlib import Path
+from typing import Any
 
-from benchmarks import report
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_targets import missed, PEERS, ratios, verdicts
 
 _NAMES = ("section", "what", "by", "us", "GB/s or TFLOP/s", "of the limit")
 _NAMES += (*(f"x {peer}" for peer in PEERS), "error", "targets missed")
 _TARGETS = ("target", "verdict", "shapes that meet it", "worst", "where")
+
+
+Facts = dict[str, str | bool]
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -34,7 +39,7 @@ def line(row: Row) -> str:
   return "  ".join(["BAD" if row.is_bad else "   ", *texts])
 
 
-def markdown(rows: Sequence[Row], facts: dict[str, str | bool]) -> str:
+def markdown(rows: Sequence[Row], facts: Facts) -> str:
   """The targets and all rows."""
   lines = [f"# Kernels on {facts['device']}", ""]
   lines += [f"jax {facts['jax']}, {facts['date']}.", ""]
@@ -54,13 +59,10 @@ def markdown(rows: Sequence[Row], facts: dict[str, str | bool]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def save(rows: Sequence[Row], folder: Path, *, is_dry: bool) -> list[Path]:
+def save(rows: Sequence[Row], folder: Path, facts: Facts) -> list[Path]:
   """Writes `<device>.md` and `<device>.json`, and returns their paths."""
   folder.mkdir(parents=True, exist_ok=True)
-  facts = report.environment(is_quick=is_dry)
-  stem = folder / (f"dry-{facts['device']}" if is_dry else str(facts["device"]))
-  paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
-  paths[0].write_text(markdown(rows, facts), "utf-8")
+  paths = [_path(folder, facts, suffix) for suffix in ("md", "json")]
   records = [
     dataclasses.asdict(row) | {"ratios": ratios(row, rows), "missed": missed(row, rows)}
     for row in rows
@@ -70,8 +72,44 @@ def save(rows: Sequence[Row], folder: Path, *, is_dry: bool) -> list[Path]:
     for verdict in verdicts(rows)
   ]
   data = {"environment": facts, "targets": targets, "rows": records}
-  paths[1].write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+  text = json.dumps(_without_nan(data), indent=2, allow_nan=False) + "\n"
+  for path, content in zip(paths, (markdown(rows, facts), text), strict=True):
+    part = path.with_suffix(".part")
+    part.write_text(content, "utf-8")
+    os.replace(part, path)  # A run that is cut off leaves a whole file.
   return paths
+
+
+def load(folder: Path, facts: Facts) -> list[Row]:
+  """The rows of an earlier run with the same device and jax; none without one."""
+  path = _path(folder, facts, "json")
+  if not path.exists():
+    return []
+  data = json.loads(path.read_text("utf-8"))
+  if any(data["environment"].get(name) != facts[name] for name in ("device", "jax")):
+    return []
+  names = [field.name for field in dataclasses.fields(Row)]
+  return [Row(**{name: row.get(name) for name in names}) for row in data["rows"]]
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+  """Old rows and new ones; of the same measurement the last."""
+  return list({row.key: row for row in (*old, *new)}.values())
+
+
+def _path(folder: Path, facts: Facts, suffix: str) -> Path:
+  name = f"dry-{facts['device']}" if facts["quick"] else facts["device"]
+  return folder / f"{name}.{suffix}"
+
+
+def _without_nan(value: Any) -> Any:
+  """JSON has no NaN and no infinity: they become text."""
+  if isinstance(value, dict):
+    return {name: _without_nan(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [_without_nan(x) for x in value]
+  is_odd = isinstance(value, float) and not math.isfinite(value)
+  return str(value) if is_odd else value
 
 
 def _number(value: float | None, form: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.gpu_attention import decode_batch, decode_label, seen_bytes
 from benchmarks.gpu_batch import Batch, run_attention
 from benchmarks.gpu_rows import failed, Row, Run
+from pallas_kernels.choice import NotServedError
 from pallas_kernels.paged_attention.arg_specs import named
 
 _CALLS = 8
@@ -202,14 +203,17 @@ def time_decode(run: Run) -> Iterator[Row]:
       ours = run_attention(batch, "triton", interpret=run.interpret)
       want = jax.jit(ours)(batch.arrays)[0].astype(jnp.float32)
       if not x.k.is_cuda:
-        raise NotImplementedError("PyTorch sees no GPU")
+        raise NotServedError("PyTorch sees no GPU")
     except Exception as problem:
       yield failed("decode", what, "PyTorch", problem, is_bad=False)
-      if isinstance(problem, ImportError | NotImplementedError):
+      if isinstance(problem, ImportError | NotServedError):
         return
       continue
     for by, make in tuple(peers.items()):
+      if not run.wants("decode", what, by):
+        continue
       try:
+        run.begin("decode", what, by, seconds=120.0)
         call = make(x)
         out = np.asarray(call().float().cpu())
         seconds = graph_seconds(x, call, run.sizes.seconds)

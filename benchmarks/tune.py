@@ -3,18 +3,22 @@
 `make tune`, or `PYTHONPATH=. python -m benchmarks.tune`. For every class of shapes one
 setting after another is tried, and kept where calls become faster; what is better than
 the rules of the kernels goes into the table that is installed with them, by kind of
-device (`pallas_kernels.paged_attention.tuning`). The table is written after each class,
-so a run may be cut short, and `--only` goes on with others. What is in it does not
-count while it is made.
+device (`pallas_kernels.paged_attention.tuning`). The table is written after each
+improvement, so a run may be cut short, and `--kernel` and `--only` go on with others. A
+setting that hangs, or takes its process down, ends the search of its kernel and class.
+What is in the table does not count while it is made.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
 import sys
+import time
 from typing import Any
 
 import jax
@@ -22,8 +26,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_loop
+from benchmarks import gpu_loop, gpu_worker
 from benchmarks.gpu_batch import Arrays, Batch, make_batch, run_attention
+from benchmarks.gpu_watch import Begun, LostError, Send, watch
 from pallas_kernels import device
 from pallas_kernels.paged_attention import tuning
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec, named
@@ -45,6 +50,7 @@ _FIELDS = {
 }
 Changes = Mapping[str, int]
 """Settings that differ from those by rule."""
+Begin = Callable[[Changes], None]
 type Choices = Mapping[str, Sequence[int]]
 
 
@@ -108,47 +114,76 @@ def _group(spec: ArgSpec) -> int:
 
 
 def search(
-  seconds: Callable[[Changes], float], choices: Choices
-) -> tuple[Changes, float]:
+  times: Callable[[Sequence[Changes]], Sequence[float]], choices: Choices
+) -> Iterator[tuple[Changes, float]]:
   """Tries one setting after another, and keeps what is faster.
 
   Args:
-    seconds: Time under some changes to the settings; infinite if it cannot be.
+    times: Seconds under each of some changes to the settings; infinite if it cannot be.
     choices: Values of each setting.
 
-  Returns:
-    The changes, and the share of time that they save.
+  Yields:
+    After each setting, the best changes so far and the share of time that they save.
+
+  Raises:
+    RuntimeError: It cannot be without changes, so nothing can be compared.
   """
   best: Changes = {}
-  first = least = seconds(best)
+  (first,) = times([best])
+  if not math.isfinite(first):
+    raise RuntimeError("the kernel fails as it is")
+  least = first
   for field, values in choices.items():
-    base = best
-    for value in values:
-      trial = {**base, field: value}
-      if (time := seconds(trial)) < least * (1 - LEAST_GAIN):
-        best, least = trial, time
-  return best, 1 - least / first if math.isfinite(first) else 0.0
+    trials = [{**best, field: value} for value in values]
+    for trial, seconds in zip(trials, times(trials), strict=True):
+      if seconds < least * (1 - LEAST_GAIN):
+        best, least = trial, seconds
+    yield best, 1 - least / first
 
 
 class Case:
   """A kernel on some batches: its time under any settings."""
 
-  def __init__(self, kernel: str, batches: Sequence[Batch], sizes: Sizes):
-    """Of calls that run the kernel."""
+  def __init__(self, kernel: str, batches: Sequence[Batch], sizes: Sizes, begin: Begin):
+    """Of calls that run the kernel; `begin` is told what is about to run."""
     self.kernel, self.batches, self.sizes = kernel, batches, sizes
-    self._wanted = [self._results(batch) for batch in batches]
+    self._begin = begin
+    self._wanted = [self._lower(batch).compile()(batch.arrays) for batch in batches]
 
-  def seconds(self, changes: Changes) -> float:
-    """Mean of the logarithms of the batches' times, as a time; infinite if it fails."""
+  def times(self, trials: Sequence[Changes]) -> list[float]:
+    """Of each, the mean of the logarithms of the batches' times, as a time.
+
+    Infinite where it fails or computes something else. Programs are compiled side by
+    side.
+    """
+    with ThreadPoolExecutor() as pool:
+      begun = [self._begin_trial(changes, pool) for changes in trials]
+    pairs = zip(trials, begun, strict=True)
+    return [self._seconds(changes, programs) for changes, programs in pairs]
+
+  def _begin_trial(
+    self, changes: Changes, pool: ThreadPoolExecutor
+  ) -> list[Callable[[], Any]]:
+    """Of each batch what computes its results, and what times it, being compiled."""
+    with tuning.trying(self.kernel, changes):
+      return [
+        _begin(lower, pool)
+        for batch in self.batches
+        for lower in (lambda x=batch: self._lower(x), self._timer(batch).lower)
+      ]
+
+  def _seconds(self, changes: Changes, programs: Sequence[Callable[[], Any]]) -> float:
+    times: list[float] = []
     try:
-      with tuning.trying(self.kernel, changes):
-        for batch, want in zip(self.batches, self._wanted, strict=True):
-          got = self._results(batch)
-          if not np.allclose(got, want, rtol=0.05, atol=0.05):
-            raise ValueError("wrong results")
-        times = [self._time(batch) for batch in self.batches]
+      for i, batch in enumerate(self.batches):
+        run, timer = programs[2 * i](), programs[2 * i + 1]()
+        self._begin(changes)
+        if not np.allclose(run(batch.arrays), self._wanted[i], rtol=0.05, atol=0.05):
+          raise ValueError("wrong results")
+        times.append(timer.seconds())
     except Exception as problem:
-      print(f"    {dict(changes)}: {type(problem).__name__}: {problem}"[:150])
+      print(f"    {dict(changes)}: {type(problem).__name__}: {problem}"[:500])
+      gpu_worker.check_alive()
       return math.inf
     return math.exp(sum(map(math.log, times)) / len(times))
 
@@ -156,12 +191,13 @@ class Case:
     by = self.kernel.split()[0]
     return run_attention(batch, by, interpret=self.sizes.interpret)
 
-  def _results(self, batch: Batch) -> Any:
+  def _lower(self, batch: Batch) -> Any:
     # A function of its own: settings are no arguments, so none may be found compiled.
     call = self._call(batch)
-    return jax.jit(lambda arrays: call(arrays)[0].astype(jnp.float32))(batch.arrays)
+    run = jax.jit(lambda arrays: call(arrays)[0].astype(jnp.float32))
+    return run.lower(batch.arrays)
 
-  def _time(self, batch: Batch) -> float:
+  def _timer(self, batch: Batch) -> gpu_loop.Timer:
     call, names = self._call(batch), {"q", "block_tables"}
     tables = batch.arrays["block_tables"]
     turns = [tables + i * batch.blocks_per_copy for i in range(batch.num_copies)]
@@ -176,15 +212,36 @@ class Case:
       state=batch.arrays["q"],
       constants={name: x for name, x in batch.arrays.items() if name not in names},
       turns=turns,
-      estimate=max(5e-6, _num_bytes(batch) / 2e12),
+      estimate=max(5e-6, _num_bytes(batch) / 2e12, _num_flops(batch) / 400e12),
     )
-    return gpu_loop.call_seconds(chain, self.sizes.seconds)
+    return gpu_loop.Timer(chain, self.sizes.seconds)
+
+
+def _begin(lower: Callable[[], Any], pool: ThreadPoolExecutor) -> Callable[[], Any]:
+  """Lowers here, under the settings that hold, and begins to compile elsewhere."""
+  try:
+    return pool.submit(lower().compile).result
+  except Exception as problem:
+    return functools.partial(_raise, problem)
+
+
+def _raise(problem: Exception) -> Any:
+  raise problem
 
 
 def _num_bytes(batch: Batch) -> int:
   """Bytes of the keys and values of one copy."""
   tokens = batch.blocks_per_copy * batch.spec.block_size
   return tokens * batch.spec.bytes_per_token
+
+
+def _num_flops(batch: Batch) -> float:
+  """Floating-point operations of a call, causal."""
+  lens, spec = np.asarray(batch.arrays["seq_lens"], float), batch.spec
+  starts = batch.arrays.get("cu_seqlens")
+  queries = np.ones_like(lens) if starts is None else np.diff(np.asarray(starts))
+  pairs = float(np.sum(queries * (lens - queries / 2)))
+  return 4 * pairs * spec.num_heads * spec.head_dim
 
 
 def _batches(
@@ -200,20 +257,80 @@ def _batches(
       yield make_batch(spec, rows, is_decode=is_decode, num_copies=copies)
 
 
-def tune(sizes: Sizes, *, only: str = "") -> Iterator[tuple[str, str, Changes, float]]:
-  """Yields kernel, class, changes and gain of everything that can be served."""
-  for name, specs in classes(sizes.specs).items():
-    if only not in name:
-      continue
-    for kernel, choices in sizes.choices.items():
-      print(f"{kernel}, {name}", flush=True)
-      is_decode = kernel.endswith("split")
-      try:
-        case = Case(kernel, list(_batches(specs, sizes, is_decode=is_decode)), sizes)
-      except Exception as problem:
-        print(f"  {type(problem).__name__}: {problem}"[:150])
-        continue
-      yield kernel, name, *search(case.seconds, choices)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+  """The best so far of a kernel and class on a kind of device."""
+
+  device: str
+  kernel: str
+  name: str
+  changes: Changes
+  gain: float
+
+
+Job = tuple[str, str]
+"""A kernel and a class of shapes."""
+
+
+def jobs(sizes: Sizes, *, kernel: str = "", only: str = "") -> list[Job]:
+  """What is to be tuned: kernels and classes whose names contain these."""
+  return [
+    (k, name)
+    for k in sizes.choices
+    for name in classes(sizes.specs)
+    if kernel in k and only in name
+  ]
+
+
+def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
+  """Sends what is best of each job, and `(job, why it ended)`."""
+  if not is_dry and jax.default_backend() != "gpu":
+    send(f"needs a GPU, and jax sees {jax.devices()}; try --dry-run")
+    return
+  sizes = TINY if is_dry else FULL
+  for kernel, name in todo:
+
+    def begin(changes: Changes, job: Job = (kernel, name)) -> None:
+      send(Begun(name=(*job, str(dict(changes)))))
+
+    try:
+      specs, is_decode = classes(sizes.specs)[name], kernel.endswith("split")
+      batches = list(_batches(specs, sizes, is_decode=is_decode))
+      case = Case(kernel, batches, sizes, begin)
+      for changes, gain in search(case.times, sizes.choices[kernel]):
+        found = {"kernel": kernel, "name": name, "changes": dict(changes), "gain": gain}
+        send(Found(device=device.kind(), **found))
+      send(((kernel, name), "done"))
+    except Exception as problem:
+      gpu_worker.check_alive()
+      send(((kernel, name), f"{type(problem).__name__}: {problem}"[:500]))
+
+
+def tune(todo: Sequence[Job], *, is_dry: bool, seconds: float) -> Iterator[Found]:
+  """Yields improvements of everything that can be served, until the time is up."""
+  end, left = time.monotonic() + seconds, list(todo)
+  while left and (rest := end - time.monotonic()) > 0:
+    print(f"{left[0][0]}, {left[0][1]}", flush=True)
+    last = ""
+    try:
+      for message in watch(work, is_dry, left, seconds=rest):
+        if isinstance(message, Begun):
+          last = message.name[-1]
+        elif isinstance(message, Found):
+          yield message
+        elif isinstance(message, str):
+          sys.exit(message)
+        else:
+          job, why = message
+          print(f"  {why}", flush=True)
+          left.remove(job)
+          if left:
+            print(f"{left[0][0]}, {left[0][1]}", flush=True)
+    except LostError as problem:
+      print(f"  {last}: {problem}", flush=True)
+      left.pop(0)
+  for kernel, name in left:
+    print(f"{kernel}, {name}: left out, the time is up")
 
 
 def enter(
@@ -234,23 +351,28 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     "--dry-run", action="store_true", help="tiny shapes, interpreted, on any device"
   )
+  parser.add_argument("--kernel", default="", metavar="TEXT", help="kernels with this")
   parser.add_argument("--only", default="", metavar="TEXT", help="classes with this")
+  parser.add_argument("--minutes", type=float, default=60.0, help="60 if omitted")
   parser.add_argument(
     "--out", type=Path, default=tuning.PATH, metavar="FILE", help="the table"
   )
   options = parser.parse_args(arguments)
-  if not options.dry_run and jax.default_backend() != "gpu":
-    sys.exit(f"needs a GPU, and jax sees {jax.devices()}; try --dry-run")
   if options.dry_run and options.out == tuning.PATH:
     sys.exit("a dry run needs --out: its table is good for nothing")
   path: Path = options.out
   table = json.loads(path.read_text("utf-8")) if path.exists() else {}
-  sizes = TINY if options.dry_run else FULL
-  for kernel, name, changes, gain in tune(sizes, only=options.only):
-    print(f"  {dict(changes) or 'as it is'}, {gain:.0%} faster", flush=True)
-    enter(table, device.kind(), kernel, name, changes)
-    text = json.dumps(table, indent=2, sort_keys=True)
-    path.write_text(text + "\n", "utf-8")
+  todo = jobs(
+    TINY if options.dry_run else FULL, kernel=options.kernel, only=options.only
+  )
+  is_written = False
+  for found in tune(todo, is_dry=options.dry_run, seconds=60 * options.minutes):
+    print(f"  {dict(found.changes) or 'as it is'}, {found.gain:.0%} faster", flush=True)
+    enter(table, found.device, found.kernel, found.name, found.changes)
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", "utf-8")
+    is_written = True
+  if not is_written:
+    sys.exit("nothing was tuned")
   print(f"wrote {path}")
 
 

@@ -6,6 +6,11 @@ from jax import Array, lax
 
 from pallas_kernels import device
 
+
+class NotServedError(NotImplementedError):
+  """An implementation that was asked for cannot serve such arguments, or here."""
+
+
 type Run = Callable[[], tuple[Array, Array]]
 """An implementation with all its arguments."""
 
@@ -28,10 +33,10 @@ def run(
       jax will drop Triton.
 
   Raises:
-    NotImplementedError: The named implementation cannot serve.
+    NotServedError: The named implementation cannot serve.
   """
   if implementation not in (None, *names):
-    raise NotImplementedError(
+    raise NotServedError(
       f"implementation {implementation!r} is not one of {tuple(names)}"
     )
   if implementation == "xla" or (implementation is None and not device.is_gpu()):
@@ -45,5 +50,5 @@ def run(
   if not device.is_gpu():
     best = f"it needs a GPU, and programs are for {device.platform()}"
   if isinstance(best, str):
-    raise NotImplementedError(f"implementation {implementation!r}: {best}")
+    raise NotServedError(f"implementation {implementation!r}: {best}")
   return best()

@@ -1,6 +1,9 @@
 """The benchmark on a GPU, as far as it runs without one: tiny, interpreted."""
 
 import json
+import math
+import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +17,15 @@ from benchmarks import (
   gpu_sizes,
   gpu_ssm,
   gpu_table,
+  gpu_worker,
 )
 from benchmarks.gpu_batch import make_batch
 from benchmarks.gpu_loop import call_seconds, Chain, num_turns
-from benchmarks.gpu_rows import Row, Run, Section
+from benchmarks.gpu_rows import failed, Row, Run, Section
 from benchmarks.gpu_targets import missed, ratios, verdicts
+from benchmarks.gpu_watch import Begun, LostError
+from benchmarks.gpu_worker import Finished, Task
+from pallas_kernels.choice import NotServedError
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 
 DRY = Run(sizes=gpu_sizes.TINY, interpret=True)
@@ -40,7 +47,6 @@ def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
     *[("check", "triton")] * 2,
     ("decode", "triton"),
     ("bookkeeping", "serve, no model"),
-    ("bookkeeping", "serve, no model, loops recorded"),
     ("bookkeeping", "extend, metadata, commit"),
     ("prefill", "triton"),
     *[("check", by) for by in gpu_ssm.IMPLEMENTATIONS * 5],
@@ -50,6 +56,7 @@ def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
     *[("layout", by) for by in ("triton", gpu_layout.NHD)],
     ("serve", "no model"),
     *[("serve", "triton, scanned layers")] * 2,
+    ("bookkeeping", "serve, no model, loops recorded"),
     ("decode", "PyTorch"),
   ]
   unmeasured = [row for row in rows if row["microseconds"] is None]
@@ -123,7 +130,7 @@ def test_both_layouts_give_the_same_result():
 
 def test_a_wrong_result_ends_the_run_with_an_error(tmp_path, monkeypatch):
   rows = [row("check", "triton", error=1.0), row("check", "y", what="x", is_bad=True)]
-  monkeypatch.setattr(gpu, "measure", lambda run, names, seconds: iter(rows))
+  monkeypatch.setattr(gpu, "measure", lambda task: iter(rows))
   with pytest.raises(SystemExit, match="1 of 2 rows are wrong or failed: check x"):
     gpu.main(["--dry-run", "--out", str(tmp_path)])
 
@@ -135,7 +142,12 @@ def test_numbers_that_differ_from_xla_are_bad(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("problem", "is_bad"), [(NotImplementedError("never"), False), (KeyError("x"), True)]
+  ("problem", "is_bad"),
+  [
+    (NotServedError("never"), False),
+    (KeyError("x"), True),
+    (NotImplementedError("a primitive that cannot be lowered"), True),
+  ],
 )
 def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, is_bad):
   def fail(arrays):
@@ -150,6 +162,7 @@ def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, 
   rows += gpu_attention.time_decode(DRY)
   assert [row.is_bad for row in rows] == [is_bad] * 3
   assert all(("not served: never" in row.error) != is_bad for row in rows)
+  assert all(("Traceback" in (row.details or "")) == is_bad for row in rows)
 
 
 def test_what_is_compared_with_is_exact():
@@ -162,7 +175,7 @@ def test_what_is_compared_with_is_exact():
 
 def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
   now = iter(range(100))
-  monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
+  monkeypatch.setattr(gpu_worker.time, "monotonic", lambda: next(now))
 
   def slow(run):
     for _ in range(9):
@@ -176,8 +189,10 @@ def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
     return tuple(Section(name=n, measure=m, seconds=s) for n, m, s in pairs)
 
   pairs = (("broken", broken, 1), ("other", slow, 1), ("slow", slow, 1))
-  monkeypatch.setattr(gpu, "SECTIONS", sections(*pairs, ("late", slow, 5)))
-  rows = list(gpu.measure(DRY, {"broken", "slow", "late"}, 6.0))
+  monkeypatch.setattr(gpu_worker, "SECTIONS", sections(*pairs, ("late", slow, 5)))
+  task = Task(sections=("broken", "slow", "late"), is_dry=True, seconds=6.0)
+  found = list(gpu_worker.measure(DRY, task))
+  rows = [message for message in found if isinstance(message, Row)]
   assert [(r.section, r.what.split()[0], r.error or "") for r in rows] == [
     ("broken", "all", "KeyError: 'no such thing'"),
     *[("slow", "llama,", "")] * 5,
@@ -185,6 +200,101 @@ def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
     ("late", "all", "left out: 0 s are left"),
   ]
   assert rows[0].is_bad and not rows[-1].is_bad
+  ends = [message.section for message in found if isinstance(message, Finished)]
+  assert ends == ["broken", "slow", "late"]
+
+
+# --- Processes that get lost ----------------------------------------------------------
+
+
+def bad_work(send, task):
+  """Sections of which `a` hangs and `b` aborts by "bad", and `c` while compiling."""
+  run = Run(sizes=DRY.sizes, interpret=True, rows=list(task.rows), lost=task.lost)
+  send({"device": "made up"})
+  for section in task.sections:
+    for what in ("x", "y"):
+      for by in ("good", "bad"):
+        if not run.wants(section, what, by):
+          continue
+        if (section, what, by) == ("c", "x", "good"):  # while compiling
+          if task.is_careful:
+            send(Begun(name=(section, what, by)))
+          os.abort()
+        send(Begun(name=(section, what, by), seconds=0.3 if by == "bad" else 30.0))
+        if (section, by) == ("a", "bad"):
+          time.sleep(60)
+        if (section, by) == ("b", "bad"):
+          os.abort()
+        send(row(section, by, 1.0, what=what))
+    send(Finished(section=section))
+
+
+def test_what_hangs_or_dies_is_named_and_the_rest_goes_on():
+  task = Task(sections=("a", "b", "c", "d"), is_dry=True, seconds=60.0)
+  facts, *rows = gpu.measure(task, bad_work)
+  assert facts == {"device": "made up"}
+  found = [(*row.key, row.error) for row in rows]
+  good = {(s, what, "good", None) for s in "abd" for what in "xy"}
+  assert good <= set(found)
+  assert {("d", "x", "bad", None), ("c", "y", "bad", None)} <= set(found)
+  lost = [entry for entry in found if entry[-1]]
+  assert lost == [
+    ("a", "x", "bad", "hung: killed after 0 s"),
+    ("b", "x", "bad", "died of SIGABRT"),
+    ("c", "compiling", "", "died of SIGABRT"),
+    ("c", "x", "good", "died of SIGABRT"),
+  ]
+  assert all(row.is_bad == bool(row.error) for row in rows)
+  assert len(found) == len(set(found))
+
+
+def silent(send, task):
+  time.sleep(60)
+
+
+def test_a_worker_that_says_nothing_is_cut_short(monkeypatch):
+  monkeypatch.setattr(gpu, "_GRACE", 0.0)
+  task = Task(sections=("a", "b"), is_dry=True, seconds=0.3)
+  rows = list(gpu.measure(task, silent))
+  assert [(row.section, row.error) for row in rows] == [
+    ("a", "cut short"),
+    ("a", "left out: 0 s are left"),
+    ("b", "left out: 0 s are left"),
+  ]
+
+
+def test_a_worker_ends_when_the_device_is_lost(monkeypatch):
+  def stop(code):
+    raise SystemExit(code)
+
+  def lost(x):
+    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+  gpu_worker.check_alive()
+  monkeypatch.setattr(gpu_worker.os, "_exit", stop)
+  monkeypatch.setattr(gpu_worker.jax, "block_until_ready", lost)
+  broken = failed("decode", "x", "mosaic", RuntimeError("ILLEGAL_ADDRESS"))
+  monkeypatch.setattr(gpu_worker, "measure", lambda run, task: iter([broken]))
+  sent = []
+  with pytest.raises(SystemExit, match="1"):
+    gpu_worker.work(sent.append, Task(sections=("decode",), is_dry=True, seconds=9.0))
+  assert sent[1:] == [broken, Begun(name=broken.key)]
+  task = Task(sections=("decode",), is_dry=True, seconds=9.0, rows=(broken,))
+  blamed, left = gpu._blame(task, broken.key, LostError("died of code 1"))
+  assert blamed.error == "died of code 1 after RuntimeError: ILLEGAL_ADDRESS"
+  assert blamed.details == broken.details and left.lost == {("decode", "mosaic")}
+
+
+def test_a_later_run_of_some_sections_keeps_the_rows_of_others(tmp_path):
+  facts = {"device": "x", "jax": "1", "date": "today", "quick": False}
+  old = [row("check", "triton", error=math.nan, is_bad=True), row("decode", "y", 2.0)]
+  gpu_table.save(old, tmp_path, facts)
+  loaded = gpu_table.load(tmp_path, facts)
+  assert [r.key for r in loaded] == [r.key for r in old] and loaded[0].error == "nan"
+  new = row("decode", "y", 1.0)
+  assert gpu_table.merged(loaded, [new]) == [loaded[0], new]
+  assert gpu_table.load(tmp_path, facts | {"jax": "2"}) == []
+  assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
 
 
 def test_rows_are_compared_with_peers_of_the_same_shape():

@@ -49,7 +49,7 @@ def test_a_dry_run_checks_and_times(monkeypatch):
 def test_a_wrong_result_is_bad(monkeypatch):
   monkeypatch.setattr(gpu_ssm, "OPERATIONS", ("conv1d",))
   monkeypatch.setattr(gpu_ssm, "_error", lambda got, want: float("nan"))
-  rows = list(gpu_ssm.check([gpu_ssm.TINY], interpret=True))
+  rows = list(gpu_ssm.check([gpu_ssm.TINY], RUN))
   assert rows and all(row.is_bad for row in rows)
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import time
+import types
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import gpu_loop, tune
+from benchmarks import tune
+from benchmarks.gpu_watch import Begun
 from pallas_kernels.paged_attention import mosaic_sm90, triton, tuning
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 from tests import deviceless
@@ -92,9 +94,19 @@ def test_the_search_keeps_what_is_faster_and_no_noise():
     time -= 0.5 * (changes.get("num_warps") == 8)
     return time - 0.001 * (changes.get("num_stages") == 2)  # noise
 
-  best, gain = tune.search(seconds, choices)
-  assert best == {"tile_kv": 32, "num_warps": 8} and gain == pytest.approx(0.75)
+  found = list(tune.search(lambda trials: list(map(seconds, trials)), choices))
+  assert [changes for changes, _ in found] == [
+    {"tile_kv": 32},
+    {"tile_kv": 32},
+    {"tile_kv": 32, "num_warps": 8},
+  ]
+  assert [gain for _, gain in found] == pytest.approx([0.5, 0.5, 0.75])
   assert len(tried) == 1 + 3 + 2 + 2
+
+
+def test_nothing_is_better_than_what_fails():
+  with pytest.raises(RuntimeError, match="fails as it is"):
+    next(tune.search(lambda trials: [math.inf] * len(trials), {"tile_kv": (16,)}))
 
 
 def test_a_class_is_tuned_on_its_widest_group_too():
@@ -115,33 +127,76 @@ def test_the_table_keeps_other_devices_and_forgets_what_is_no_better():
   }
 
 
-def test_a_dry_run_tries_settings_and_writes_a_table(tmp_path, monkeypatch, capsys):
-  times = iter([3e-3, 2e-3, 4e-3, 5e-3])
-  monkeypatch.setattr(gpu_loop, "call_seconds", lambda chain, seconds: next(times))
+@pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
+def test_a_dry_run_tries_settings_and_writes_a_table(tmp_path, capfd):
   path = tmp_path / "tuned.json"
-  tune.main(["--dry-run", "--out", str(path)])
-  name = "64x64 bfloat16"
-  assert json.loads(path.read_text("utf-8")) == {
-    jax.devices()[0].device_kind: {
-      "triton split": {name: {"tile_kv": 32}},
-      "triton fill": {},
-    }
-  }
-  out = capsys.readouterr().out
-  assert "33% faster" in out and "as it is" in out and "Error" not in out
+  tune.main(["--dry-run", "--kernel", "split", "--out", str(path)])
+  (found,) = json.loads(path.read_text("utf-8")).values()
+  assert found.keys() == {"triton split"}
+  assert found["triton split"].get("64x64 bfloat16", {}) in ({}, {"tile_kv": 32})
+  out = capfd.readouterr().out
+  assert "faster" in out and "done" in out and "Error" not in out
 
 
-def test_settings_with_wrong_results_are_not_taken(monkeypatch):
-  monkeypatch.setattr(gpu_loop, "call_seconds", lambda chain, seconds: 1.0)
-  case = tune.Case("triton split", (), tune.TINY)
-  case.batches, case._wanted = (None,), (jnp.ones(3),)
-  monkeypatch.setattr(case, "_time", lambda batch: 1.0)
-  for result, time in ((1.01, 1.0), (2.0, math.inf), (jnp.nan, math.inf)):
-    monkeypatch.setattr(case, "_results", lambda batch, x=result: jnp.full(3, x))
-    assert case.seconds({}) == time
+def case_of(results, **more):
+  """A case whose trials yield such results, and take a second."""
+  timer = types.SimpleNamespace(seconds=lambda: 1.0)
+  begun = []
+  case = tune.Case("triton split", (), tune.TINY, begun.append)
+  case.batches = (types.SimpleNamespace(arrays=None),)
+  case._wanted = [jnp.ones(3)]
+  left = iter(results)
+
+  def begin_trial(changes, pool):
+    result = jnp.full(3, next(left))
+    return [lambda: lambda arrays: result, lambda: timer]
+
+  case._begin_trial = begin_trial
+  return case, begun
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_settings_with_wrong_results_are_not_taken():
+  case, begun = case_of([1.01, 2.0, jnp.nan])
+  trials = [{"tile_kv": size} for size in (16, 32, 64)]
+  assert case.times(trials) == [pytest.approx(1.0), math.inf, math.inf]
+  assert begun == trials
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
+def test_programs_of_trials_are_those_of_their_settings():
+  (batch,) = tune._batches((named("qwen-2.5-0.5b"),), tune.TINY, is_decode=True)
+  case = tune.Case("triton split", [batch], tune.TINY, lambda changes: None)
+  seen = []
+  case._lower = lambda batch: seen.append(dict(tuning._trial.get()[1])) or (1 / 0)
+  assert case.times([{"tile_kv": 16}, {"tile_kv": 32}]) == [math.inf] * 2
+  assert seen == [{"tile_kv": 16}, {"tile_kv": 32}]
+
+
+def hang_at_the_first(send, is_dry, todo):
+  """Work that hangs at what it is given first, unless that is the last of all."""
+  for kernel, name in todo:
+    changes = {"tile_kv": 32}
+    send(tune.Found(device="x", kernel=kernel, name=name, changes=changes, gain=0.5))
+    if name != "b":
+      send(Begun(name=(kernel, name, "{'num_stages': 7}"), seconds=0.1))
+      time.sleep(60)
+    send(((kernel, name), "done"))
+
+
+def test_a_setting_that_hangs_ends_its_search_and_loses_nothing(monkeypatch, capsys):
+  monkeypatch.setattr(tune, "work", hang_at_the_first)
+  todo = [("triton split", "a"), ("triton split", "b")]
+  found = list(tune.tune(todo, is_dry=True, seconds=60.0))
+  assert [x.name for x in found] == ["a", "b"]
+  assert "{'num_stages': 7}: hung: killed after 0 s" in capsys.readouterr().out
+
+
+def test_what_there_is_no_time_for_is_said(capsys):
+  assert list(tune.tune([("triton split", "a")], is_dry=True, seconds=0.0)) == []
+  assert "triton split, a: left out" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so():
   with pytest.raises(SystemExit, match="needs a GPU"):
     tune.main([])
   with pytest.raises(SystemExit, match="a dry run needs --out"):

@@ -16,6 +16,7 @@ import jax
 from jax import Array, lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.paged_attention import mosaic_ring as ring
 from pallas_kernels.paged_attention import mosaic_widening
@@ -29,7 +30,7 @@ from pallas_kernels.paged_attention.mosaic_ring import (
   SQUARE,
   WGMMA,
 )
-from pallas_kernels.paged_attention.triton_walk import LOG2_E, NEG
+from pallas_kernels.paged_attention.triton_walk import LOG2_E
 from pallas_kernels.paged_attention.work_queue import TileQueue
 
 MAX_GROUP = 64
@@ -41,6 +42,10 @@ _ROWS = 64
 _COMPUTING = 2
 """Warpgroups that do."""
 _SHARED_BYTES = 208 << 10
+_MASKED = float(np.finfo(np.float32).min)
+_LEAST = -1e30
+"""Where the maximum of a row's logits begins, far above what is masked: that weighs
+nothing then, also in rows that see nothing."""
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -229,7 +234,7 @@ def _registers(head_dim: int, *, is_quantised: bool) -> tuple[int, ...]:
   """Of the threads that compute, fetch, and widen quantised tiles; 64 Ki in all."""
   if is_quantised:
     return 208, 24, 72
-  return (232, 40) if head_dim > 128 else (224, 56)
+  return (240, 32) if head_dim > 128 else (224, 56)
 
 
 def _stages(q: Array, pools: tuple[Pool, Pool], tile: int) -> tuple[int, int]:
@@ -343,16 +348,13 @@ def _compute(
     plgpu.barrier_arrive(key_ring.free.at[slot])
     if cap is not None:
       logits = jnp.tanh(logits * (layer.sm_scale / cap))
-    mask = None
     if is_masked:
       start = first + thread * (_ROWS // layer.group)
       mask = _mask(logits.shape, start, index * tile, layer)
-      logits = jnp.where(mask, logits, NEG)
+      logits = jnp.where(mask, logits, _MASKED)
     new_top = jnp.maximum(top, logits.max(axis=1) * factor)
     shrink = jnp.exp2(top - new_top)
     weights = jnp.exp2(logits * factor - _spread(new_top, logits.shape))
-    if mask is not None:
-      weights = jnp.where(mask, weights, 0.0)
     total = total * shrink + weights.sum(axis=1)
     acc = acc * _spread(shrink, acc.shape)
     weights = weights.astype(q.dtype)
@@ -370,7 +372,7 @@ def _compute(
     plgpu.barrier_arrive(value_ring.free.at[slot])
     return acc, new_top, total
 
-  top, total = ring.full((_ROWS,), NEG, _BY_ROW), ring.full((_ROWS,), 0.0, _BY_ROW)
+  top, total = ring.full((_ROWS,), _LEAST, _BY_ROW), ring.full((_ROWS,), 0.0, _BY_ROW)
   if inputs.sinks is not None:
     top = plgpu.load(inputs.sinks.at[piece.head], layout=_BY_ROW, optimized=False)
     total = total + 1.0
@@ -403,11 +405,10 @@ def _mask(shape: tuple[int, ...], first: Array, start: Array, layer: Layer) -> A
   """Which keys, along a row, its query sees."""
   iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=WGMMA)
   position = first + lax.div(iota(dimension=0), jnp.int32(layer.group))
-  place = start + iota(dimension=1)
-  mask = place <= position
-  if layer.sliding_window is not None:
-    mask &= place > position - layer.sliding_window
-  return mask
+  behind = position - (start + iota(dimension=1))
+  if layer.sliding_window is None:
+    return behind >= 0
+  return behind.astype(jnp.uint32) < layer.sliding_window
 
 
 def _bury(values: Ref, thread: Array, start: Array, piece: Piece) -> None:
