@@ -153,8 +153,8 @@ def generate(
     The context after, and one completion per prompt, in order.
 
   Raises:
-    ValueError: An argument has the wrong length or range, or this is called within
-      `jax.jit` or `jax.shard_map`.
+    ValueError: An argument has the wrong length or range, the context holds sequences
+      of others, or this is called within `jax.jit` or `jax.shard_map`.
     CheckpointError: `checkpoints` holds what belongs to other prompts, settings or
       another configuration, or cannot be read.
   """
@@ -185,6 +185,7 @@ def generate(
   requests = sharding.place(ctx.config.head_axes, requests)
   if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
     ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
+  _check_rows(ctx, requests)
   draft_state = None if drafter is None else _init_drafter(drafter)
   samples = None if history is None else observe.make_history(history)
   line = ProgressLine(sys.stderr, enabled=progress)
@@ -246,6 +247,17 @@ def generate(
       run.show(num_finished=part.num_finished, num_requests=part.num_requests)
   line.clear()
   return ctx, [reported[i] for i in range(len(prompts))]
+
+
+def _check_rows(ctx: Context, requests: Requests) -> None:
+  """Refuses sequences that belong to no request: they may be in the way for good."""
+  ids, is_active = jax.device_get((requests.seq_ids, ctx.sequences.is_active))
+  rows = sorted({*np.flatnonzero(is_active).tolist()} - {*ids.tolist()})
+  if rows:
+    raise ValueError(
+      f"ctx holds sequences that belong to none of these requests, in rows {rows}:"
+      " finish them first, or export them"
+    )
 
 
 def _annotate(name: str) -> jax.profiler.TraceAnnotation:

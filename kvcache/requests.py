@@ -199,7 +199,7 @@ class Batch(Node, kw_only=True):
 
   Attributes:
     request_ids: `[S]` int32. Request of each row, `Q` for rows without one.
-    lengths: `[S]` int32.
+    lengths: `[S]` int32. 0 for rows without a request.
     limits: `[S]` int32. `lengths` at which the row ends, by its wish or the context's
       capacity.
     max_lens: `[S]` int32. `lengths` at which the request has all it asked for.
@@ -215,6 +215,11 @@ class Batch(Node, kw_only=True):
   finish_reason: Array
   settings: SamplingSettings
   stop_tokens: Array
+
+  @property
+  def is_running(self) -> Array:
+    """`[S]` bool: rows of a request. The context may have others, which stay as is."""
+    return self.lengths > 0
 
   @property
   def is_finished(self) -> Array:

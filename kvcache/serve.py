@@ -85,7 +85,7 @@ def _run_drafts(
   Every live row knows one token that is not computed.
   """
   S, num_each = ctx.config.max_seqs, 1 + drafter.num_drafts
-  live = _live(ctx, batch)
+  live = _live(batch)
   with jax.named_scope("draft"):
     draft_state, drafts, num_drafts = drafter.propose(
       draft_state, requests, batch, sampler
@@ -325,7 +325,8 @@ def serve(
 
   Args:
     model: `model(tokens [T], metadata, ctx) -> (logits [S, vocab], ctx)`.
-    ctx: The context. Its rows belong to these requests.
+    ctx: The context. Rows that belong to none of these requests stay as they are. If
+      nothing can go on because of what they hold, `serve` ends with requests that wait.
     requests: The requests, new or half served.
     scheduler: Static settings.
     sampler: How tokens are chosen.
@@ -382,7 +383,7 @@ def serve(
     if drafter is not None:
       after = _run_drafts(model, ctx, requests, batch, sampler, drafter, drafting)
       return *after, num_run + 1
-    query_lens = _live(ctx, batch).astype(jnp.int32)
+    query_lens = _live(batch).astype(jnp.int32)
     ctx, requests, batch = _run_model(
       model,
       ctx,
@@ -395,14 +396,17 @@ def serve(
     )
     return ctx, requests, batch, drafting, num_run + 1
 
-  def body(state: tuple[Context, Requests, Any, History | None]):
+  def body(state: tuple[Context, Requests, Any, History | None, Array]):
     with jax.named_scope("schedule"):
       ctx, requests, plan = sch.schedule(*state[:2], scheduler)
       batch = sch.running(ctx, requests)
       if drafter is not None and ctx.state_rows is not None:
-        lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(ctx, batch), reach, 0))
+        lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(batch), reach, 0))
         ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
+    is_stuck = _num_open(requests) == _num_open(state[1])
+    is_stuck &= jnp.all(plan.query_lens == 0)
+    lengths = batch.lengths
 
     def mixed(state: tuple[Context, Requests, Batch, Array]):
       ctx, requests, batch, num_run = state
@@ -413,13 +417,13 @@ def serve(
 
     def may_decode(state: tuple[Context, Requests, Batch, Any, Array]) -> Array:
       ctx, requests, batch, _, num_run = state
-      live = _live(ctx, batch)
+      live = _live(batch)
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
       has_room = sch.all_can_decode(ctx, live, recycles=drafter is None)
       in_want = sch.num_snapshots_lacking(ctx, jnp.where(live, reach, 0)) > 0
       # Something can be admitted: a row or its blocks came free, or the last admission
       # ended only because it looked at a bounded number of requests.
-      done = jnp.any(ctx.sequences.is_active & batch.is_finished)
+      done = jnp.any(batch.is_finished)
       has_row = jnp.any(~ctx.sequences.is_active)
       can_admit = (num_waiting > 0) & (done | (has_row & ~plan.is_stalled))
       first = (num_run == 0) & ~plan.has_prefill
@@ -440,20 +444,19 @@ def serve(
     ctx, requests, batch, drafting, _ = lax.while_loop(
       may_decode, decode, (ctx, requests, batch, state[2], num_run)
     )
+    is_stuck &= jnp.all(batch.lengths == lengths)
     requests, log = rq.store_batch(requests, batch), state[3]
     if log is not None:
       with jax.named_scope("history"):
         log = record(log, ctx, requests)
-    return ctx, requests, drafting, log
+    return ctx, requests, drafting, log, is_stuck
 
-  # Ends because every round computes a token, or admits or refuses a request, or
-  # preempts one so that an earlier one computes.
-  ctx, requests, draft_state, history = lax.while_loop(
-    lambda state: (
-      jnp.any(state[1].status != RequestStatus.FINISHED) & (state[1].num_steps < limit)
-    ),
+  # Ends because every round computes a token, or ends a request, or is stuck: then the
+  # next round would be the same.
+  ctx, requests, draft_state, history, _ = lax.while_loop(
+    lambda state: (_num_open(state[1]) > 0) & (state[1].num_steps < limit) & ~state[4],
     body,
-    (ctx, requests, draft_state, history),
+    (ctx, requests, draft_state, history, jnp.zeros((), bool)),
   )
   ctx = sharding.constrain(ctx)
   requests = sharding.replicate(ctx.config.head_axes, requests)
@@ -461,5 +464,9 @@ def serve(
   return ctx, requests, *extras, *(() if history is None else (history,))
 
 
-def _live(ctx: Context, batch: Batch) -> Array:
-  return ctx.sequences.is_active & ~batch.is_finished
+def _live(batch: Batch) -> Array:
+  return batch.is_running & ~batch.is_finished
+
+
+def _num_open(requests: Requests) -> Array:
+  return ragged.sum_int(requests.status != RequestStatus.FINISHED)

@@ -184,7 +184,7 @@ def split(
     thread_name="thread",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
-      reduction_scratch_bytes=2048,
+      reduction_scratch_bytes=1024,
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
     **({} if interpret is None else {"interpret": interpret}),

@@ -231,10 +231,14 @@ def tile_of(head_dim: int) -> int:
 
 
 def _registers(head_dim: int, *, is_quantised: bool) -> tuple[int, ...]:
-  """Of the threads that compute, fetch, and widen quantised tiles; 64 Ki in all."""
+  """Of the threads that compute, fetch, and widen quantised tiles.
+
+  A program has no more than it is launched with: 168 for each thread of three
+  warpgroups, 128 of four. One that asks for more waits for good.
+  """
   if is_quantised:
     return 208, 24, 72
-  return (240, 32) if head_dim > 128 else (224, 56)
+  return (240, 24) if head_dim > 128 else (224, 56)
 
 
 def _stages(q: Array, pools: tuple[Pool, Pool], tile: int) -> tuple[int, int]:
@@ -375,6 +379,7 @@ def _compute(
   top, total = ring.full((_ROWS,), _LEAST, _BY_ROW), ring.full((_ROWS,), 0.0, _BY_ROW)
   if inputs.sinks is not None:
     top = plgpu.load(inputs.sinks.at[piece.head], layout=_BY_ROW, optimized=False)
+    top = jnp.maximum(top, _LEAST)
     total = total + 1.0
   state = ring.full((_ROWS, head_dim), 0.0, WGMMA), top, total
   masked = functools.partial(step, is_masked=True)

@@ -231,6 +231,13 @@ USES: list[WrongUse] = [
     "ctx must be a Context, as kvcache.init makes it, got CacheConfig",
   ),
   refused(
+    "generate: a context with a sequence of somebody else",
+    lambda: kvcache.generate(
+      toy.model, kvcache.admit(fresh(), [[1, 2]], [2])[0], GOOD, max_new_tokens=2
+    ),
+    r"sequences that belong to none of these requests, in rows \[0\]",
+  ),
+  refused(
     "serve: a model of three layers, a context for two",
     lambda: trace(three_layers()),
     "the model has 3 attention layers and 0 recurrent ones, but ctx was made for 2",
