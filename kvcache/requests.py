@@ -217,14 +217,14 @@ class Batch(Node, kw_only=True):
   stop_tokens: Array
 
   @property
-  def is_running(self) -> Array:
-    """`[S]` bool: rows of a request. The context may have others, which stay as is."""
-    return self.lengths > 0
-
-  @property
   def is_finished(self) -> Array:
     """`[S]` bool: rows whose request ended and that wait to be released."""
     return self.finish_reason != FinishReason.NONE
+
+  @property
+  def is_live(self) -> Array:
+    """`[S]` bool: rows whose request goes on; a context may have rows of nobody."""
+    return (self.lengths > 0) & ~self.is_finished
 
 
 def make_requests(

@@ -230,7 +230,7 @@ def _preempt(
 
   def must_serve(ctx: Context, requests: Requests) -> tuple[Array, Array]:
     batch = running(ctx, requests)
-    live = batch.is_running
+    live = batch.is_live
     decodes = live & (batch.lengths - ctx.sequences.seq_lens == 1)
     # Without a decoding row the first of the prompts must be able to go on.
     first = _row_order(policy(ctx, requests), batch, live)[0]
@@ -247,7 +247,7 @@ def _preempt(
     ctx, requests, _ = state
     shortage = _shortage(num_available(ctx))
     batch = running(ctx, requests)
-    live = batch.is_running
+    live = batch.is_live
     at = jnp.minimum(batch.request_ids, requests.num_requests - 1)
     rank = jnp.where(live, policy(ctx, requests)[at], _FIRST)
     victim = jnp.argmax(rank).astype(jnp.int32)
@@ -290,7 +290,7 @@ def _admit(
     waits = is_candidate & _shares_pending(ctx, requests, candidates, lengths, prompts)
   # Every running row may need one block more soon; a lone request may take the whole
   # pool.
-  num_live = ragged.sum_int(running(ctx, requests).is_running)
+  num_live = ragged.sum_int(requests.status == RequestStatus.RUNNING)
   budgets = num_available(ctx) - num_live
   is_crowded = is_candidate & ~waits & ~_windows_fit(ctx, lengths, ~waits, budgets[1:])
   reason = jnp.where(waits, WaitReason.SHARED, WaitReason.NO_ROW)
@@ -383,7 +383,7 @@ def _shares_pending(
   config = ctx.config
   batch = running(ctx, requests)
   left = batch.lengths - ctx.sequences.seq_lens
-  left = jnp.where(batch.is_running & ~batch.is_finished, left, 0)
+  left = jnp.where(batch.is_live, left, 0)
   num_others = min(candidates.shape[0], config.max_seqs)
   left, rows = lax.top_k(left, num_others)
   others = jnp.minimum(batch.request_ids[rows], requests.num_requests - 1)
@@ -432,7 +432,7 @@ def _share_budget(
   """Decoding rows take one token each, prompts in order what is left of the budget."""
   config, table = ctx.config, ctx.sequences
   batch = running(ctx, requests)
-  live = batch.is_running & ~batch.is_finished
+  live = batch.is_live
   left = jnp.where(live, batch.lengths - table.seq_lens, 0)
   by_order = _row_order(order, batch, live)
   is_prefill = (left > 1)[by_order]

@@ -85,7 +85,7 @@ def _run_drafts(
   Every live row knows one token that is not computed.
   """
   S, num_each = ctx.config.max_seqs, 1 + drafter.num_drafts
-  live = _live(batch)
+  live = batch.is_live
   with jax.named_scope("draft"):
     draft_state, drafts, num_drafts = drafter.propose(
       draft_state, requests, batch, sampler
@@ -383,7 +383,7 @@ def serve(
     if drafter is not None:
       after = _run_drafts(model, ctx, requests, batch, sampler, drafter, drafting)
       return *after, num_run + 1
-    query_lens = _live(batch).astype(jnp.int32)
+    query_lens = batch.is_live.astype(jnp.int32)
     ctx, requests, batch = _run_model(
       model,
       ctx,
@@ -401,7 +401,7 @@ def serve(
       ctx, requests, plan = sch.schedule(*state[:2], scheduler)
       batch = sch.running(ctx, requests)
       if drafter is not None and ctx.state_rows is not None:
-        lacking = sch.num_snapshots_lacking(ctx, jnp.where(_live(batch), reach, 0))
+        lacking = sch.num_snapshots_lacking(ctx, jnp.where(batch.is_live, reach, 0))
         ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
     is_stuck = _num_open(requests) == _num_open(state[1])
@@ -417,7 +417,7 @@ def serve(
 
     def may_decode(state: tuple[Context, Requests, Batch, Any, Array]) -> Array:
       ctx, requests, batch, _, num_run = state
-      live = _live(batch)
+      live = batch.is_live
       in_step = jnp.all(~live | (batch.lengths - ctx.sequences.seq_lens == 1))
       has_room = sch.all_can_decode(ctx, live, recycles=drafter is None)
       in_want = sch.num_snapshots_lacking(ctx, jnp.where(live, reach, 0)) > 0
@@ -462,10 +462,6 @@ def serve(
   requests = sharding.replicate(ctx.config.head_axes, requests)
   extras = () if drafter is None else (draft_state,)
   return ctx, requests, *extras, *(() if history is None else (history,))
-
-
-def _live(batch: Batch) -> Array:
-  return batch.is_running & ~batch.is_finished
 
 
 def _num_open(requests: Requests) -> Array:
