@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_layout, gpu_peers
 from benchmarks.gpu_batch import Arrays, Batch, make_batch, run_attention
-from benchmarks.gpu_loop import Chain, num_turns, Timer
+from benchmarks.gpu_loop import begin_to_compile, Chain, num_turns, Timer
 from benchmarks.gpu_rows import failed, IMPLEMENTATIONS, Row, Run
 from pallas_kernels.paged_attention.arg_specs import ArgSpec, named
 
@@ -50,18 +50,14 @@ def _begin_checks(run: Run, spec: ArgSpec, pool: ThreadPoolExecutor) -> list[Any
       if not ours or not run.wants("check", what, "xla"):
         continue
       run.begin_to_compile("check", what, "xla")
-      want = _begin(exactly(batch), batch.in_float32().arrays, pool, run)
+      exact = batch.in_float32().arrays, exactly(batch)
     except Exception as problem:
       found.append([failed("check", what, "xla", problem)])
       continue
-    runs = []
+    want, runs = _begin(lambda exact=exact: exact, pool, run), []
     for by, make in ours:
-      try:
-        run.begin_to_compile("check", what, by)
-        arrays, call = make()
-        runs.append((by, _begin(call, arrays, pool, run)))
-      except Exception as problem:
-        runs.append((by, functools.partial(_raise, problem)))
+      run.begin_to_compile("check", what, by)
+      runs.append((by, _begin(make, pool, run)))
     found.append(_compare(what, spec, want, runs, run))
   return found
 
@@ -82,14 +78,16 @@ def _compare(
 ) -> Iterator[Row]:
   """Rows of one batch."""
   try:
+    call = want()
     run.begin("check", what, "xla")
-    want, want_lse = want()
+    want, want_lse = call()
   except Exception as problem:
     yield failed("check", what, "xla", problem)
     return
-  for by, call in runs:
+  for by, compiled in runs:
     is_ours = by in IMPLEMENTATIONS
     try:
+      call = compiled()
       run.begin("check", what, by)
       result = call()
       out, lse = result if is_ours else (result, want_lse)
@@ -108,16 +106,15 @@ def _compare(
       yield failed("check", what, by, problem, is_bad=is_ours)
 
 
-def _begin(call: Any, arrays: Arrays, pool: ThreadPoolExecutor, run: Run) -> Any:
-  """Lowers here, begins to compile elsewhere; the result runs it."""
-  compiled = pool.submit(jax.jit(call).lower(arrays).compile)
-  if run.is_careful:
-    compiled.exception()  # waits
-  return lambda: compiled.result()(arrays)
+def _begin(make: Any, pool: ThreadPoolExecutor, run: Run) -> Any:
+  """Lowers here, begins to compile elsewhere; the result waits for what runs it."""
 
+  def lower() -> Any:
+    arrays, call = make()
+    lowered = jax.jit(call).lower(arrays)
+    return lambda: functools.partial(lowered.compile(), arrays)
 
-def _raise(problem: Exception) -> Any:
-  raise problem
+  return begin_to_compile(lower, pool, waits=run.is_careful)
 
 
 # --- Times ----------------------------------------------------------------------------
@@ -227,24 +224,22 @@ def begin_timers(
   num: int,
 ) -> list[tuple[str, Any]]:
   """Programs of all candidates, compiled side by side; one may raise when asked for."""
+
+  def lower(by: str, make: Any) -> Any:
+    arrays, call = make()
+    turns = gpu_peers.turns(batch, by, num)
+    turns = turns or _turns(batch, arrays["block_tables"], num)
+    chain = attention_chain(arrays, call, turns, estimate)
+    return Timer(chain, run.sizes.seconds).lower().compile
+
+  begun = []
   with ThreadPoolExecutor() as pool:
-    begun = []
     for by, make in candidates:
-      if not run.wants(section, what, by):
-        continue
-      try:
+      if run.wants(section, what, by):
         run.begin_to_compile(section, what, by)
-        arrays, call = make()
-        turns = gpu_peers.turns(batch, by, num)
-        turns = turns or _turns(batch, arrays["block_tables"], num)
-        chain = attention_chain(arrays, call, turns, estimate)
-        timer = Timer(chain, run.sizes.seconds)
-        begun.append((by, pool.submit(timer.lower().compile)))
-        if run.is_careful:
-          begun[-1][1].exception()  # waits
-      except Exception as problem:
-        begun.append((by, pool.submit(_raise, problem)))
-  return [(by, future.result) for by, future in begun]
+        one = functools.partial(lower, by, make)
+        begun.append((by, begin_to_compile(one, pool, waits=run.is_careful)))
+  return begun
 
 
 def _turns(batch: Batch, tables: Any, num: int) -> list[Arrays]:

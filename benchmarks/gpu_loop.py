@@ -10,6 +10,7 @@ tables that name other blocks, so that a round goes over more memory than a cach
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 import dataclasses
 import functools
 import statistics
@@ -111,6 +112,32 @@ class Timer:
       self._state = self._run(self._state, *self._arguments)
     jax.block_until_ready(self._state)
     return time.perf_counter() - start
+
+
+def begin_to_compile(
+  lower: Callable[[], Callable[[], Any]], pool: Executor, *, waits: bool = False
+) -> Callable[[], Any]:
+  """Lowers here, and compiles in the pool.
+
+  Args:
+    lower: Lowers, and returns what compiles.
+    pool: Compiles side by side.
+    waits: Whether to return when it is compiled.
+
+  Returns:
+    What waits for the program, or raises what went wrong in either part.
+  """
+  try:
+    compiled = pool.submit(lower())
+  except Exception as problem:
+    return functools.partial(_raise, problem)
+  if waits:
+    compiled.exception()
+  return compiled.result
+
+
+def _raise(problem: Exception) -> Any:
+  raise problem
 
 
 def call_seconds(chain: Chain, seconds: float) -> float:

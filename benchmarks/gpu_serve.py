@@ -19,6 +19,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from benchmarks.gpu_loop import begin_to_compile
 from benchmarks.gpu_rows import failed, Row, Run
 from benchmarks.gpu_scene import (
   abstract,
@@ -187,19 +188,12 @@ def _begin_loops(
   wanted: list[tuple[Scene, str | None, Partial]], run: Run
 ) -> list[Callable[[], Loop]]:
   """The loops, compiled side by side; one may raise when asked for."""
+
+  def lower(scene: Scene, by: str | None, model: Partial) -> Any:
+    return Loop(scene, model, None if run.interpret else by).compile
+
   with ThreadPoolExecutor() as pool:
-    begun = []
-    for scene, by, model in wanted:
-      try:
-        loop = Loop(scene, model, None if run.interpret else by)
-        begun.append(pool.submit(loop.compile).result)
-      except Exception as problem:
-        begun.append(functools.partial(_raise, problem))
-  return begun
-
-
-def _raise(problem: Exception) -> Any:
-  raise problem
+    return [begin_to_compile(functools.partial(lower, *x), pool) for x in wanted]
 
 
 def _no_model(scene: Scene, logits: Array | None) -> Partial:

@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import multiprocessing
 from multiprocessing.connection import Connection
+import os
 import signal
+import sys
 import time
+import traceback
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 PATIENCE = 150.0
 """Seconds without a message: starting, and compiling the largest program."""
@@ -77,6 +83,23 @@ def watch(
     process.kill()
     process.join()
     ours.close()
+
+
+def why_not_here() -> str | None:
+  """Why kernels cannot run in this process; None if they can."""
+  if jax.default_backend() == "gpu":
+    return None
+  return f"needs a GPU, and jax sees {jax.devices()}; try --dry-run"
+
+
+def check_alive() -> None:
+  """Ends the process if the device computes no more, as after a kernel read amiss."""
+  try:
+    jax.block_until_ready(jnp.arange(8) + 1)
+  except Exception:
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)  # without waiting for the device
 
 
 def _run(

@@ -2,13 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
-import os
-import sys
 import time
-import traceback
-
-import jax
-import jax.numpy as jnp
 
 from benchmarks import (
   gpu_attention,
@@ -21,7 +15,7 @@ from benchmarks import (
 from benchmarks.gpu_loop import call_seconds, Chain, copy_chain, matmul_chain
 from benchmarks.gpu_rows import failed, Row, Run, Section
 from benchmarks.gpu_sizes import FULL, TINY
-from benchmarks.gpu_watch import Send
+from benchmarks.gpu_watch import check_alive, Send, why_not_here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +94,8 @@ more line."""
 
 def work(send: Send, task: Task) -> None:
   """Sends what the device is, and the rows and ends of sections as they come."""
-  if not task.is_dry and jax.default_backend() != "gpu":
-    send(f"needs a GPU, and jax sees {jax.devices()}; try --dry-run")
+  if not task.is_dry and (why := why_not_here()) is not None:
+    send(why)
     return
   run = Run(
     sizes=TINY if task.is_dry else FULL,
@@ -147,13 +141,3 @@ def left_out(section: str, what: str, left: float) -> Row:
   """A row for what there was no time for."""
   text = f"left out: {max(left, 0.0):.0f} s are left"
   return Row(section=section, what=what, by="", error=text)
-
-
-def check_alive() -> None:
-  """Ends the process if the device computes no more, as after a kernel read amiss."""
-  try:
-    jax.block_until_ready(jnp.arange(8) + 1)
-  except Exception:
-    traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)  # without waiting for the device

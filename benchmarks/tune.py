@@ -26,9 +26,16 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_loop, gpu_worker
+from benchmarks import gpu_loop
 from benchmarks.gpu_batch import Arrays, Batch, make_batch, run_attention
-from benchmarks.gpu_watch import Begun, LostError, Send, watch
+from benchmarks.gpu_watch import (
+  Begun,
+  check_alive,
+  LostError,
+  Send,
+  watch,
+  why_not_here,
+)
 from pallas_kernels import device
 from pallas_kernels.paged_attention import tuning
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec, named
@@ -51,6 +58,8 @@ _FIELDS = {
 Changes = Mapping[str, int]
 """Settings that differ from those by rule."""
 Begin = Callable[[Changes], None]
+Programs = tuple[Callable[[], Any], Callable[[], Any]]
+"""What waits for the program that computes results, and for a timer."""
 type Choices = Mapping[str, Sequence[int]]
 
 
@@ -161,29 +170,31 @@ class Case:
     pairs = zip(trials, begun, strict=True)
     return [self._seconds(changes, programs) for changes, programs in pairs]
 
-  def _begin_trial(
-    self, changes: Changes, pool: ThreadPoolExecutor
-  ) -> list[Callable[[], Any]]:
-    """Of each batch what computes its results, and what times it, being compiled."""
+  def _begin_trial(self, changes: Changes, pool: ThreadPoolExecutor) -> list[Programs]:
+    """Programs of each batch, being compiled."""
+    begin = functools.partial(gpu_loop.begin_to_compile, pool=pool)
     with tuning.trying(self.kernel, changes):
       return [
-        _begin(lower, pool)
+        (
+          begin(lambda x=batch: self._lower(x).compile),
+          begin(lambda x=batch: self._timer(x).lower().compile),
+        )
         for batch in self.batches
-        for lower in (lambda x=batch: self._lower(x), self._timer(batch).lower)
       ]
 
-  def _seconds(self, changes: Changes, programs: Sequence[Callable[[], Any]]) -> float:
+  def _seconds(self, changes: Changes, programs: Sequence[Programs]) -> float:
     times: list[float] = []
     try:
-      for i, batch in enumerate(self.batches):
-        run, timer = programs[2 * i](), programs[2 * i + 1]()
+      begun = zip(self.batches, self._wanted, programs, strict=True)
+      for batch, want, (results, times_it) in begun:
+        run, timer = results(), times_it()
         self._begin(changes)
-        if not np.allclose(run(batch.arrays), self._wanted[i], rtol=0.05, atol=0.05):
+        if not np.allclose(run(batch.arrays), want, rtol=0.05, atol=0.05):
           raise ValueError("wrong results")
         times.append(timer.seconds())
     except Exception as problem:
       print(f"    {dict(changes)}: {type(problem).__name__}: {problem}"[:500])
-      gpu_worker.check_alive()
+      check_alive()
       return math.inf
     return math.exp(sum(map(math.log, times)) / len(times))
 
@@ -215,18 +226,6 @@ class Case:
       estimate=max(5e-6, _num_bytes(batch) / 2e12, _num_flops(batch) / 400e12),
     )
     return gpu_loop.Timer(chain, self.sizes.seconds)
-
-
-def _begin(lower: Callable[[], Any], pool: ThreadPoolExecutor) -> Callable[[], Any]:
-  """Lowers here, under the settings that hold, and begins to compile elsewhere."""
-  try:
-    return pool.submit(lower().compile).result
-  except Exception as problem:
-    return functools.partial(_raise, problem)
-
-
-def _raise(problem: Exception) -> Any:
-  raise problem
 
 
 def _num_bytes(batch: Batch) -> int:
@@ -284,8 +283,8 @@ def jobs(sizes: Sizes, *, kernel: str = "", only: str = "") -> list[Job]:
 
 def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
   """Sends what is best of each job, and `(job, why it ended)`."""
-  if not is_dry and jax.default_backend() != "gpu":
-    send(f"needs a GPU, and jax sees {jax.devices()}; try --dry-run")
+  if not is_dry and (why := why_not_here()) is not None:
+    send(why)
     return
   sizes = TINY if is_dry else FULL
   for kernel, name in todo:
@@ -298,11 +297,11 @@ def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
       batches = list(_batches(specs, sizes, is_decode=is_decode))
       case = Case(kernel, batches, sizes, begin)
       for changes, gain in search(case.times, sizes.choices[kernel]):
-        found = {"kernel": kernel, "name": name, "changes": dict(changes), "gain": gain}
-        send(Found(device=device.kind(), **found))
+        on = device.kind()
+        send(Found(device=on, kernel=kernel, name=name, changes=changes, gain=gain))
       send(((kernel, name), "done"))
     except Exception as problem:
-      gpu_worker.check_alive()
+      check_alive()
       send(((kernel, name), f"{type(problem).__name__}: {problem}"[:500]))
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
   gpu_sizes,
   gpu_ssm,
   gpu_table,
+  gpu_watch,
   gpu_worker,
 )
 from benchmarks.gpu_batch import make_batch
@@ -270,9 +271,9 @@ def test_a_worker_ends_when_the_device_is_lost(monkeypatch):
   def lost(x):
     raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
 
-  gpu_worker.check_alive()
-  monkeypatch.setattr(gpu_worker.os, "_exit", stop)
-  monkeypatch.setattr(gpu_worker.jax, "block_until_ready", lost)
+  gpu_watch.check_alive()
+  monkeypatch.setattr(gpu_watch.os, "_exit", stop)
+  monkeypatch.setattr(gpu_watch.jax, "block_until_ready", lost)
   broken = failed("decode", "x", "mosaic", RuntimeError("ILLEGAL_ADDRESS"))
   monkeypatch.setattr(gpu_worker, "measure", lambda run, task: iter([broken]))
   sent = []

@@ -149,7 +149,7 @@ def case_of(results, **more):
 
   def begin_trial(changes, pool):
     result = jnp.full(3, next(left))
-    return [lambda: lambda arrays: result, lambda: timer]
+    return [(lambda: lambda arrays: result, lambda: timer)]
 
   case._begin_trial = begin_trial
   return case, begun
