@@ -124,10 +124,14 @@ def round_seconds(
 
 
 def thin_model(tokens: Array, metadata, ctx: Context) -> tuple[Array, Context]:
-  """As little of a model as can be: logits that depend on the tokens."""
+  """As little of a model as can be: logits that depend on the tokens.
+
+  It passes for one that writes keys and values, and costs nothing.
+  """
   vocab = jnp.arange(MODEL_VOCAB, dtype=jnp.int32)
   last = tokens[metadata.logits_indices]
-  return ((last[:, None] + vocab[None]) % 7).astype(jnp.float32), ctx
+  logits = ((last[:, None] + vocab[None]) % 7).astype(jnp.float32)
+  return logits, ctx.replace(kv=lax.optimization_barrier(ctx.kv))
 
 
 def serve_program(scheduler: SchedulerConfig, **options: Any) -> Callable:

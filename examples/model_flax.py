@@ -65,7 +65,7 @@ def main() -> list[list[int]]:
   model = nn.as_function(Model(rngs=nnx.Rngs(0)))  # its arrays are leaves
   requests = kv.make_requests([[1, 2, 3, 4, 5], [9, 8, 7]], max_new_tokens=6)
   scheduler = kv.SchedulerConfig(token_budget=8)
-  serve = jax.jit(kv.serve, static_argnames="scheduler", donate_argnums=(1, 2))
+  serve = jax.jit(kv.serve, donate_argnums=(1, 2))
   _, requests = serve(model, kv.init(config), requests, scheduler=scheduler)
   return [
     tokens[start:end].tolist()

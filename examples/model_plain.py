@@ -71,10 +71,15 @@ def main() -> list[list[int]]:
   return [completion.tokens for completion in completions]
 
 
-def step(weights, ctx, tokens, query_lens, *, num_tokens=None):
-  """One step by hand, for those who write the loop themselves."""
-  ctx, _ = kv.extend(ctx, query_lens, num_tokens=num_tokens)
+def step(weights, ctx, texts, query_lens, *, num_tokens=None):
+  """One step by hand, for those who write the loop themselves.
+
+  `texts [S, C]` are the tokens known of each row. A row that finds no room waits.
+  """
+  ctx, status = kv.extend(ctx, query_lens, num_tokens=num_tokens)
+  query_lens = jnp.where(status == kv.Status.OK, query_lens, 0)
   metadata = kv.step_metadata(ctx, query_lens, num_tokens=num_tokens)
+  tokens = texts[metadata.seq_ids, metadata.positions]
   logits, ctx = model(weights, tokens, metadata, ctx)
   return kv.commit(ctx, tokens, metadata), logits
 

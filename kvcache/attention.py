@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from kvcache import sharding
-from kvcache.context import Context
+from kvcache.context import as_context, Context
 from kvcache.kv import KVStore
 from kvcache.metadata import SharedPrefix, StepMetadata
 from kvcache.stepping import locate, view_of
@@ -55,6 +55,7 @@ def attend(
       what the layer keeps.
     NotImplementedError: The named implementation cannot serve.
   """
+  ctx = as_context(ctx)
   config = ctx.config
   if q.ndim != 3 or q.shape[0] != metadata.num_tokens:
     raise ValueError(f"q must be [{metadata.num_tokens}, H, D], got {q.shape}")

@@ -5,7 +5,7 @@ appears under its name only when it is complete, so a process that dies while it
 leaves the one before it in place.
 """
 
-import json
+import dataclasses
 import logging
 import pathlib
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kvcache import printing
 from kvcache.context import Context
 from kvcache.errors import CheckpointError
 from kvcache.requests import Requests
@@ -128,34 +129,54 @@ class _manager:  # noqa: N801
 
 def _sizes(ctx: Context, requests: Requests) -> dict[str, Any]:
   """What must be equal for the arrays to mean the same."""
-  leaves = jax.tree_util.tree_leaves_with_path(requests)
-  return json.loads(
-    json.dumps(
-      {
-        "config": repr(ctx.config),
-        "requests": {jax.tree_util.keystr(path): list(x.shape) for path, x in leaves},
-      }
-    )
-  )
+  config = ctx.config
+  return {
+    "configuration": {
+      field.name: printing.show_fact(getattr(config, field.name))
+      for field in dataclasses.fields(config)
+    },
+    "set of requests": {
+      "prompts": requests.num_requests,
+      "tokens of the longest": requests.capacity,
+      "stop tokens": requests.stop_tokens.shape[1],
+      "logprobs": requests.logprobs is not None,
+    },
+  }
 
 
 def _compare(saved: dict[str, Any], wanted: dict[str, Any], folder: object) -> None:
-  for name, what in (("config", "configuration"), ("requests", "sizes of requests")):
-    if saved.get(name) != wanted[name]:
-      raise CheckpointError(
-        f"{folder} was saved with another {what}: {saved.get(name)}, not {wanted[name]}"
-      )
+  for what, new in wanted.items():
+    old = saved.get(what)
+    if not isinstance(old, dict):
+      raise CheckpointError(f"{folder} was saved by another version of kvcache")
+    differing = [
+      f"{key}: {old.get(key)}, not {new.get(key)}"
+      for key in dict.fromkeys([*old, *new])
+      if old.get(key) != new.get(key)
+    ]
+    if differing:
+      told = "; ".join(differing)
+      raise CheckpointError(f"{folder} was saved with another {what}: {told}")
 
 
 def _compare_prompts(saved: Requests, wanted: Requests, folder: object) -> None:
-  lens = np.asarray(wanted.prompt_lens)
-  position = np.arange(wanted.capacity)
-  is_prompt = position < lens[:, None]
-  same = np.asarray(saved.tokens) == np.asarray(wanted.tokens)
-  same_settings = jax.tree.map(
-    lambda a, b: bool(np.array_equal(a, b)),
-    (saved.prompt_lens, saved.max_lens, saved.namespaces, saved.settings),
-    (wanted.prompt_lens, wanted.max_lens, wanted.namespaces, wanted.settings),
-  )
-  if not (same | ~is_prompt).all() or not all(jax.tree.leaves(same_settings)):
-    raise CheckpointError(f"{folder} was saved with other prompts or settings")
+  def asked(requests: Requests) -> dict[str, Any]:
+    position = np.arange(requests.capacity)
+    is_prompt = position < np.asarray(requests.prompt_lens)[:, None]
+    return {
+      "prompts": (requests.prompt_lens, np.where(is_prompt, requests.tokens, 0)),
+      "max_new_tokens": requests.max_lens,
+      "sampling_params": requests.settings,
+      "stop_tokens": requests.stop_tokens,
+      "priority": requests.priority,
+      "namespace": requests.namespaces,
+    }
+
+  old, new = asked(saved), asked(wanted)
+  differing = [
+    name
+    for name in new
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, old[name], new[name])))
+  ]
+  if differing:
+    raise CheckpointError(f"{folder} was saved with other {', '.join(differing)}")

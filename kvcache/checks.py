@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kvcache import ragged, windows
 from kvcache.blocks import BlockPool
-from kvcache.context import Context
+from kvcache.context import as_context, Context
 from kvcache.errors import InvariantError
 from kvcache.ring import EvictionRing
 from kvcache.state_rows import StateRows
@@ -303,6 +303,7 @@ def check_invariants(ctx: Context) -> None:
     Traceback (most recent call last):
     kvcache.errors.InvariantError: ...
   """
+  ctx = as_context(ctx)
   if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ctx)):
     for sentence, holds in invariants(ctx).items():
       checkify.check(holds, f"broken invariant: {sentence}")

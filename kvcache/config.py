@@ -195,9 +195,10 @@ class LayerGroup:
     return len(self.members)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-  """The static description of a `Context`.
+  """The static description of a `Context`, also as an argument of `jax.jit`.
 
   Attributes:
     layers: The model's layers that keep something, in model order. Attention layers

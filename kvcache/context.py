@@ -6,6 +6,7 @@ own `jax.jit`; with `donate_argnums=0` nothing the size of the cache is ever cop
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import flax.struct
@@ -19,7 +20,9 @@ from kvcache import (
   arguments,
   blocks,
   kv,
+  loops,
   prefix,
+  printing,
   publishing,
   ragged,
   sequences,
@@ -107,12 +110,31 @@ class Context(Node, kw_only=True):
     return _VIEWS["html"](self)
 
 
-def check_context(ctx: object) -> None:
-  """Refuses what is no context, such as its configuration; `ValueError`."""
+def as_context(ctx: object) -> Context:
+  """Returns the context, with arrays of JAX if it has numpy's (`jax.device_get`).
+
+  Raises:
+    ValueError: It is no context, such as its configuration, or a batch of several.
+    RuntimeError: It was donated.
+  """
   if not isinstance(ctx, Context):
     raise ValueError(
       f"ctx must be a Context, as kvcache.init makes it, got {type(ctx).__name__}"
     )
+  leaves = jax.tree.leaves(ctx)
+  if printing.obstacle(leaves) == "donated":
+    raise RuntimeError(
+      "Array has been deleted: ctx was donated to an earlier call; go on with the"
+      " context that it returned"
+    )
+  if batch := getattr(ctx.pool.num_free, "shape", ()):
+    raise ValueError(
+      f"ctx is a batch {batch} of contexts: call this in jax.vmap, or pick one with"
+      " jax.tree.map(lambda x: x[0], ctx)"
+    )
+  if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
+    return jax.tree.map(jnp.asarray, ctx)
+  return ctx
 
 
 _VIEWS: dict[str, Callable[[Context], str]] = {}
@@ -188,7 +210,7 @@ def init(config: CacheConfig, *, salt: ArrayLike = 0) -> Context:
     state_rows=rows,
     states=store,
     counters=Counters(
-      **{name: jnp.uint32(0) for name in Counters.__dataclass_fields__}
+      **{field.name: jnp.uint32(0) for field in dataclasses.fields(Counters)}
     ),
     config=config,
   )
@@ -231,6 +253,7 @@ def publish(ctx: Context) -> Context:
     >>> num_hits.tolist()  # two full blocks of four tokens
     [2]
   """
+  ctx = as_context(ctx)
   size = ctx.config.chunk_size
   ctx = ctx.with_tables(publishing.publish(ctx.tables, chunk_size=size))
   return ctx.replace(
@@ -254,11 +277,20 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
     >>> int(num_evicted), int(after.pool.num_free) - int(cached.pool.num_free)
     (1, 1)
   """
+  ctx = as_context(ctx)
   count = arguments.as_int32("count", count, shape=())
+  tables, num = _evict(ctx.tables, count, num_entries=ctx.config.chunk_size)
+  counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + total(num))
+  return ctx.with_tables(tables).replace(counters=counters), num
+
+
+@loops.compiled("num_entries")
+def _evict(tables: Tables, count: Array, *, num_entries: int) -> tuple[Tables, Array]:
+  """`evict` of the tables."""
 
   def go(state: tuple[Tables, Array]) -> tuple[Tables, Array]:
     (pool, table, index, rows, window_blocks), left = state
-    index, block_ids, mask = prefix.pop(index, left, num_entries=ctx.config.chunk_size)
+    index, block_ids, mask = prefix.pop(index, left, num_entries=num_entries)
     if rows is not None:
       rows = state_rows.drop(rows, block_ids, mask)
     window_blocks = tuple(windows.detach(w, block_ids, mask) for w in window_blocks)
@@ -270,11 +302,9 @@ def evict(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   tables, left = jax.lax.while_loop(
     lambda state: (state[1] > 0) & (state[0].prefix.num_evictable > 0),
     go,
-    (ctx.tables, count),
+    (tables, count),
   )
-  num = jnp.maximum(count, 0) - jnp.maximum(left, 0)
-  counters = ctx.counters.replace(num_evicted=ctx.counters.num_evicted + total(num))
-  return ctx.with_tables(tables).replace(counters=counters), num
+  return tables, jnp.maximum(count, 0) - jnp.maximum(left, 0)
 
 
 def evict_window_blocks(ctx: Context, counts: ArrayLike) -> tuple[Context, Array]:
@@ -290,6 +320,7 @@ def evict_window_blocks(ctx: Context, counts: ArrayLike) -> tuple[Context, Array
   Returns:
     `(ctx, num_evicted [W])`.
   """
+  ctx = as_context(ctx)
   counts = arguments.as_int32("counts", counts, shape=(len(ctx.windows),))
   results = [
     windows.evict(window, counts[i], num_entries=ctx.config.chunk_size)
@@ -336,6 +367,7 @@ def evict_snapshots(ctx: Context, count: ArrayLike) -> tuple[Context, Array]:
   Returns:
     `(ctx, num_evicted [])`.
   """
+  ctx = as_context(ctx)
   count = arguments.as_int32("count", count, shape=())
   rows, num = state_rows.evict(recurrent_parts(ctx)[0], count)
   return ctx.replace(state_rows=rows), num

@@ -18,7 +18,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import ragged, sharding, stepping
+from kvcache import ragged, sampling, sharding, stepping
 from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.errors import Status
@@ -108,11 +108,10 @@ class DraftModel(Node, kw_only=True):
     metadata = stepping.step_metadata(ctx, query_lens, num_tokens=self.chunk_size)
     at = jnp.minimum(metadata.positions, requests.capacity - 1)
     packed = tokens[metadata.seq_ids, at]
-    logits, ctx = self.model(packed, metadata, ctx)
-    logits = sharding.gather_logits(metadata.head_axes, logits)
+    logits, ctx = stepping.call_model(self.model, packed, metadata, ctx)
     ctx = stepping.commit(ctx, packed, metadata)
     drafting = (query_lens > 0) & (ctx.sequences.seq_lens == lengths)
-    first = sampler(logits, batch.settings, lengths)
+    first = sampling.draw(sampler, logits, batch.settings, lengths)
     drafts = jnp.zeros((S, self.num_drafts), jnp.int32).at[:, 0].set(first)
 
     def draft(
@@ -123,10 +122,9 @@ class DraftModel(Node, kw_only=True):
       ctx, status = stepping.extend(ctx, drafting.astype(jnp.int32))
       drafting &= status == Status.OK
       metadata = stepping.step_metadata(ctx, drafting.astype(jnp.int32))
-      logits, ctx = self.model(last, metadata, ctx)
-      logits = sharding.gather_logits(metadata.head_axes, logits)
+      logits, ctx = stepping.call_model(self.model, last, metadata, ctx)
       ctx = stepping.commit(ctx, last, metadata)
-      after = sampler(logits, batch.settings, lengths + i)
+      after = sampling.draw(sampler, logits, batch.settings, lengths + i)
       drafts = lax.dynamic_update_index_in_dim(drafts, after, i, axis=1)
       return ctx, drafts, drafting, num + drafting.astype(jnp.int32)
 

@@ -120,10 +120,11 @@ def raise_for_status(
   Call it on the host, outside `jax.jit`.
 
   Args:
-    status: `[...]` int32 codes as verbs return them.
-    request_ids: Names for the rows in the message; their indices if not given.
+    status: `[...]` int32 codes as verbs return them; `Admission.status`.
+    request_ids: Names for the rows in the message; `row 0` and so on if not given.
 
   Raises:
+    ValueError: These are no codes, or there are more or fewer names than rows.
     CacheError: The subclass that belongs to the first failing row's code. The message
       names every failing row.
 
@@ -133,10 +134,14 @@ def raise_for_status(
     kvcache.errors.SequenceOverflowError: ...
   """
   codes = np.atleast_1d(np.asarray(status)).ravel()
+  if codes.size and codes.dtype.kind not in "iu":
+    got = type(status).__name__
+    raise ValueError(f"status must be int32 codes, as Admission.status has, got {got}")
   failed = np.flatnonzero(codes != Status.OK)
   if not failed.size:
     return
-  names = range(codes.size) if request_ids is None else request_ids
+  names = [f"row {i}" for i in range(codes.size)]
+  names = names if request_ids is None else request_ids
   if len(names) != codes.size:
     raise ValueError(f"request_ids has {len(names)} names for {codes.size} rows")
   told = ", ".join(f"{names[i]}: {Status(codes[i]).name}" for i in failed[:8])

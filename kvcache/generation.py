@@ -18,16 +18,17 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import checkpoint, observe, sampling, sharding
+from kvcache import checkpoint, lifecycle, observe, sampling, sharding
 from kvcache import requests as rq
-from kvcache.context import check_context, Context
+from kvcache.context import as_context, Context
 from kvcache.errors import Status
 from kvcache.observe import History
 from kvcache.requests import FinishReason, Requests, RequestStatus, WaitReason
 from kvcache.sampling import Sampler, SamplingParams
 from kvcache.scheduler import SchedulerConfig
-from kvcache.serve import Model, serve
+from kvcache.serve import serve
 from kvcache.speculation import Drafter
+from kvcache.stepping import Model
 from kvcache.terminal import PoolSample, ProgressLine, RunProgress
 
 
@@ -129,7 +130,9 @@ def generate(
   Args:
     model: The model. If it owns arrays make it a `jax.tree_util.Partial`, so that they
       are arguments of the compiled loop and not constants in it.
-    ctx: The context. It is donated: use the one returned.
+    ctx: The context. It is donated: use the one returned. Rows that belong to none of
+      these requests stay as they are; requests that cannot go on because of what they
+      hold end as `"refused"`, for want of a row or of blocks.
     prompts: Lists of token ids.
     max_new_tokens: As in `make_requests`, like the following ones.
     sampling_params: How tokens are chosen.
@@ -139,7 +142,8 @@ def generate(
     logprobs: Whether to record log-probabilities.
     scheduler: Static settings of the loop.
     slice_steps: Model steps per slice; nothing reaches the host in between.
-    on_slice: Called after each slice; raise in it to stop.
+    on_slice: Called after each slice; raise in it to stop. As `ctx` was donated,
+      `Slice.ctx` is then the context to go on with.
     drafter: As in `serve`. Its state goes from slice to slice, and is not saved.
     checkpoints: Folder to which context and requests are saved after each slice. If it
       holds a checkpoint of the same prompts, the work goes on from there, with the
@@ -153,12 +157,12 @@ def generate(
     The context after, and one completion per prompt, in order.
 
   Raises:
-    ValueError: An argument has the wrong length or range, the context holds sequences
-      of others, or this is called within `jax.jit` or `jax.shard_map`.
+    ValueError: An argument has the wrong length or range, or this is called within
+      `jax.jit` or `jax.shard_map`.
     CheckpointError: `checkpoints` holds what belongs to other prompts, settings or
       another configuration, or cannot be read.
   """
-  check_context(ctx)
+  ctx = as_context(ctx)
   if any(isinstance(x, Tracer) for x in jax.tree.leaves(ctx)):
     raise ValueError(
       "generate runs on the host, but ctx is being traced: within jax.jit or"
@@ -181,16 +185,16 @@ def generate(
   sampler = sampling.choose_sampler(params)
   if not isinstance(model, jax.tree_util.Partial):
     model = jax.tree_util.Partial(model)
-  prompts = [list(prompt) for prompt in prompts]
+  prompts = [np.asarray(prompt).tolist() for prompt in prompts]
   requests = sharding.place(ctx.config.head_axes, requests)
   if checkpoints is not None and checkpoint.has_checkpoint(checkpoints):
     ctx, requests = checkpoint.restore_checkpoint(checkpoints, ctx, requests)
-  _check_rows(ctx, requests)
   draft_state = None if drafter is None else _init_drafter(drafter)
   samples = None if history is None else observe.make_history(history)
   line = ProgressLine(sys.stderr, enabled=progress)
   run = RunProgress(line, num_blocks=ctx.config.num_blocks - 1)
   reported: dict[int, Completion] = {}
+  num_steps = int(requests.num_steps)
   start = time.perf_counter()
   while len(reported) < len(prompts):
     with _annotate("serve"):
@@ -210,9 +214,14 @@ def generate(
         checkpoint.save_checkpoint(checkpoints, ctx, requests)
     with _annotate("collect"):
       host = jax.device_get(requests.replace(settings=None))
+      is_over = host.status == RequestStatus.FINISHED
+      if host.num_steps < num_steps + slice_steps and not is_over.all():
+        ctx, host = _refuse_open(ctx, host)
+        is_over = host.status == RequestStatus.FINISHED
+      num_steps = int(host.num_steps)
       finished = [
         _completion(host, prompts, i)
-        for i in map(int, np.flatnonzero(host.status == RequestStatus.FINISHED))
+        for i in map(int, np.flatnonzero(is_over))
         if i not in reported
       ]
       reported |= {completion.request_id: completion for completion in finished}
@@ -249,15 +258,21 @@ def generate(
   return ctx, [reported[i] for i in range(len(prompts))]
 
 
-def _check_rows(ctx: Context, requests: Requests) -> None:
-  """Refuses sequences that belong to no request: they may be in the way for good."""
-  ids, is_active = jax.device_get((requests.seq_ids, ctx.sequences.is_active))
-  rows = sorted({*np.flatnonzero(is_active).tolist()} - {*ids.tolist()})
-  if rows:
-    raise ValueError(
-      f"ctx holds sequences that belong to none of these requests, in rows {rows}:"
-      " finish them first, or export them"
-    )
+def _refuse_open(ctx: Context, host: Any) -> tuple[Context, Any]:
+  """Ends requests that cannot go on: sequences of others are in the way."""
+  is_open = host.status != RequestStatus.FINISHED
+  status = Status.NO_BLOCKS
+  for why in (WaitReason.NO_WINDOW_BLOCKS, WaitReason.NO_ROW):
+    if why in host.wait_reason[is_open]:
+      status = Status[why.name]
+  rows = np.arange(ctx.config.max_seqs, dtype=np.int32)
+  ctx = _finish(ctx, np.isin(rows, host.seq_ids[is_open]))
+  return ctx, host.replace(
+    status=np.where(is_open, RequestStatus.FINISHED, host.status),
+    finish_reason=np.where(is_open, FinishReason.REFUSED, host.finish_reason),
+    refusals=np.where(is_open, status, host.refusals),
+    wait_reason=np.where(is_open, WaitReason.NONE, host.wait_reason),
+  )
 
 
 def _annotate(name: str) -> jax.profiler.TraceAnnotation:
@@ -266,6 +281,7 @@ def _annotate(name: str) -> jax.profiler.TraceAnnotation:
 
 
 _stats = jax.jit(observe.stats)
+_finish = jax.jit(lifecycle.finish, donate_argnums=0)
 _init_drafter = jax.jit(lambda drafter: drafter.init())
 
 

@@ -28,7 +28,7 @@ from kvcache import (
   states,
   windows,
 )
-from kvcache.context import Context, publish, shortage
+from kvcache.context import as_context, Context, publish, shortage
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.printing import Node
@@ -76,6 +76,7 @@ def export_sequences(
     The sequences; entries that name no live row, or one of more than `C` tokens, are
     not valid and hold nothing. What stands past a sequence's length has no meaning.
   """
+  ctx = as_context(ctx)
   config, table = ctx.config, ctx.sequences
   seq_ids = arguments.as_int32("seq_ids", seq_ids, ndim=1)
   max_len = config.max_tokens_per_seq if max_len is None else max_len
@@ -130,6 +131,7 @@ def import_sequences(
   Raises:
     ValueError: The layers keep other things than those of the exporting context.
   """
+  ctx = as_context(ctx)
   _check_layers(ctx, state)
   ctx = publish(ctx)
   config, (num_seqs, max_len) = ctx.config, state.tokens.shape

@@ -1,6 +1,7 @@
 """Sequences come and go: admit, find, fork, rewind, finish and reset."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from jax import Array
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from kvcache import (
 )
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK, NULL_STATE
-from kvcache.context import Context, init, publish, shortage, total
+from kvcache.context import as_context, Context, init, publish, shortage, total
 from kvcache.errors import Status
 from kvcache.kv import KVStore
 from kvcache.printing import Node
@@ -40,6 +41,7 @@ class Admission(Node, kw_only=True):
     status: `[A]` int32 `Status`.
   """
 
+  codes: ClassVar = {"status": Status}
   seq_ids: Array
   num_cached: Array
   status: Array
@@ -102,6 +104,7 @@ def admit_published(
   block_budget: ArrayLike | None = None,
 ) -> tuple[Context, Admission]:
   """`admit` without its `publish`, for a caller that has just published."""
+  ctx = as_context(ctx)
   config = ctx.config
   tokens = arguments.as_int32("tokens", tokens, ndim=2)
   num_prompts, max_len = tokens.shape
@@ -199,6 +202,7 @@ def find(
     >>> num_hits.tolist()
     [2]
   """
+  ctx = as_context(ctx)
   tokens = arguments.as_int32("tokens", tokens, ndim=2)
   lengths = arguments.as_int32("lengths", lengths, shape=(tokens.shape[0],))
   namespaces = arguments.as_namespaces(namespace, tokens.shape[0])
@@ -269,6 +273,7 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
     >>> (tables[0] == tables[1]).tolist()[:3]  # two blocks are shared, one was copied
     [True, True, False]
   """
+  ctx = as_context(ctx)
   config = ctx.config
   src = arguments.as_int32("src", src, ndim=1)
   ctx = publish(ctx)
@@ -384,6 +389,7 @@ def rewind(ctx: Context, num_tokens: ArrayLike) -> tuple[Context, Array]:
     >>> ctx.sequences.seq_lens.tolist(), status.tolist()
     ([7, 0], [0, 0])
   """
+  ctx = as_context(ctx)
   config = ctx.config
   pool, table, index, live_states, window_blocks = ctx.tables
   num_tokens = arguments.as_int32("num_tokens", num_tokens, shape=(config.max_seqs,))
@@ -507,6 +513,7 @@ def finish_published(
   ctx: Context, mask: ArrayLike, *, keep_prefix: bool = True
 ) -> Context:
   """`finish` without its `publish`, for a caller that has just published."""
+  ctx = as_context(ctx)
   config = ctx.config
   mask = arguments.as_mask("mask", mask, config.max_seqs)
   mask &= ctx.sequences.is_active
@@ -529,6 +536,7 @@ def reset(ctx: Context, *, keep_prefix: bool = False) -> Context:
     >>> int(jax.jit(kv.reset)(started).pool.num_free)
     8
   """
+  ctx = as_context(ctx)
   if keep_prefix:
     return finish(ctx, jnp.ones(ctx.config.max_seqs, bool))
   fresh = init(ctx.config)

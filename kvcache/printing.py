@@ -1,8 +1,9 @@
 """How values print: in a line, with the numbers that a reader can take in."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 import dataclasses
-from typing import Any
+import enum
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -16,14 +17,20 @@ _MAX_SHOWN = 16
 
 
 class Node(flax.struct.PyTreeNode):
-  """A dataclass of arrays that is a pytree, and prints long arrays as their type."""
+  """A dataclass of arrays that is a pytree, and prints long arrays as their type.
+
+  Attributes:
+    codes: Field -> the enum whose codes it has, so that it prints their names.
+  """
+
+  codes: ClassVar[Mapping[str, type[enum.IntEnum]]] = {}
 
   def __init_subclass__(cls, **kwargs: Any):
     super().__init_subclass__(repr=False, **kwargs)
 
   def __repr__(self) -> str:
     values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-    fields = (f"{name}={show(value)}" for name, value in values)
+    fields = (f"{name}={show(value, self.codes.get(name))}" for name, value in values)
     return f"{type(self).__name__}({', '.join(fields)})"
 
 
@@ -32,10 +39,17 @@ def count(num: int, thing: str) -> str:
   return f"{num:,} {thing}{'s' * (num != 1)}"
 
 
-def show(value: object) -> str:
-  """Returns a value as a field of a node shows it: `7`, `[1, 2]`, `int32[64, 256]`."""
+def show(value: object, codes: type[enum.IntEnum] | None = None) -> str:
+  """Returns a value as a field of a node shows it: `7`, `[1, 2]`, `int32[64, 256]`.
+
+  Args:
+    value: Whatever a field may hold.
+    codes: The enum whose members a value of at most one dimension names.
+  """
   if isinstance(value, tuple) and type(value) is tuple:
     return f"({', '.join(map(show, value))}{',' * (len(value) == 1)})"
+  if isinstance(value, dict):
+    return f"{{{', '.join(f'{key!r}: {show(x)}' for key, x in value.items())}}}"
   if isinstance(value, jax.ShapeDtypeStruct):
     return _type_of(value)
   if not isinstance(value, Array | np.ndarray | np.generic):
@@ -45,6 +59,9 @@ def show(value: object) -> str:
   if value.size > _MAX_SHOWN or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
     num_true = f" ({np.sum(value)} true)" if value.dtype == bool else ""
     return _type_of(value) + num_true
+  if codes is not None:
+    names = [codes(code).name for code in np.ravel(value)]
+    return f"[{', '.join(names)}]" if value.ndim else names[0]
   return repr(np.asarray(value).tolist())
 
 
@@ -60,7 +77,7 @@ def show_set(description: Any, **implied: Any) -> str:
     value = getattr(description, field.name)
     default = implied.get(field.name, field.default)
     if default is dataclasses.MISSING or value != default:
-      shown.append(f"{field.name}={_show_fact(value)}")
+      shown.append(f"{field.name}={show_fact(value)}")
   return f"{type(description).__name__}({', '.join(shown)})"
 
 
@@ -109,7 +126,8 @@ def _repeats(numbers: list[int], period: int) -> int:
   return num
 
 
-def _show_fact(value: object) -> str:
+def show_fact(value: object) -> str:
+  """Returns a field of a dataclass of static facts as `show_set` shows it."""
   if isinstance(value, tuple):
     return show_runs(value)
   return repr(value.name) if isinstance(value, np.dtype) else repr(value)

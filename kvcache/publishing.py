@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, sequences, state_rows, windows
+from kvcache import blocks, loops, prefix, ragged, sequences, state_rows, windows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
@@ -38,6 +38,7 @@ def pending(table: SequenceTable, index: PrefixIndex) -> Array:
   return jnp.where(may, num_full - table.num_published, 0)
 
 
+@loops.compiled("chunk_size")
 def publish(tables: Tables, *, chunk_size: int) -> Tables:
   """Publishes every full block of every row that is not sealed."""
   # Ends because the first entry of a round is always published or seals its row.

@@ -9,6 +9,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
+from kvcache import loops
 from kvcache.printing import Node
 
 _COPY_BATCH = 4
@@ -108,6 +109,7 @@ def read(array: Array, *index: Array) -> tuple[Array, Array]:
   return lax.optimization_barrier((array[index], array))
 
 
+@loops.compiled("num_rows")
 def copy_rows[Pools](
   pools: Pools, source: Array, target: Array, *, num_rows: int
 ) -> Pools:

@@ -26,10 +26,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from kvcache import sharding
-from kvcache.context import Context, recurrent_parts
+from kvcache.context import as_context, Context, recurrent_parts
 from kvcache.metadata import StepMetadata
 from kvcache.sharding import Split
-from kvcache.stepping import state_ids
+from kvcache.stepping import locate_state, state_ids
 from pallas_kernels import ssm
 
 
@@ -48,7 +48,7 @@ def step_conv1d(
 
   Args:
     ctx: The context, after `extend` and before `commit`.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
+    layer: `[]` int32, may be traced: index among the recurrent layers in model order.
     x: `[T, C]`.
     weight: `[C, W]`. The last column meets the token itself.
     metadata: Of this step.
@@ -61,9 +61,11 @@ def step_conv1d(
     `(ctx, y [T, C])`; this state of the layer is written, as by `write_state`.
 
   Raises:
-    ValueError: Shapes do not fit each other, the state or the step.
+    ValueError: There is no such recurrent layer, or shapes do not fit each other, the
+      state or the step.
     NotImplementedError: The named implementation cannot serve.
   """
+  ctx = as_context(ctx)
   _check_tokens(x, metadata)
   split = sharding.split(metadata.head_axes)
   at = functools.partial(split.spec, x.shape[1])
@@ -80,7 +82,7 @@ def step_conv1d(
     weight=(weight, at(axis=0)),
     bias=(bias, at(axis=0)),
     pool=(_pool(ctx, name), at(axis=2)),
-    layer=(jnp.asarray(layer, jnp.int32), P()),
+    layer=(locate_state(ctx.config, layer), P()),
     read_ids=(read_ids, P()),
     write_ids=(write_ids, P()),
     cu_seqlens=(metadata.cu_seqlens, P()),
@@ -106,7 +108,7 @@ def step_ssd(
 
   Args:
     ctx: The context, after `extend` and before `commit`.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
+    layer: `[]` int32, may be traced: index among the recurrent layers in model order.
     x: `[T, H, P]`.
     dt: `[T, H]`. Step sizes, positive: after bias and softplus.
     a: `[H]`. Decay rates, negative.
@@ -122,9 +124,11 @@ def step_ssd(
     `(ctx, y [T, H, P])`; this state of the layer is written, as by `write_state`.
 
   Raises:
-    ValueError: Shapes do not fit each other, the state or the step.
+    ValueError: There is no such recurrent layer, or shapes do not fit each other, the
+      state or the step.
     NotImplementedError: The named implementation cannot serve.
   """
+  ctx = as_context(ctx)
   _check_tokens(x, metadata)
   split = sharding.split(metadata.head_axes)
   b, c = _spread(split, x.shape[1], b, c)
@@ -146,7 +150,7 @@ def step_ssd(
     c=(c, groups),
     d=(d, at(axis=0)),
     pool=(_pool(ctx, name), at(axis=2)),
-    layer=(jnp.asarray(layer, jnp.int32), P()),
+    layer=(locate_state(ctx.config, layer), P()),
     read_ids=(read_ids, P()),
     write_ids=(write_ids, P()),
     cu_seqlens=(metadata.cu_seqlens, P()),

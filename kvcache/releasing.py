@@ -12,7 +12,7 @@ import math
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, prefix, ragged, state_rows, windows
+from kvcache import blocks, loops, prefix, ragged, state_rows, windows
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.prefix import PrefixIndex
@@ -24,6 +24,7 @@ _WINDOW = 16
 _BULK = 16
 
 
+@loops.compiled("chunk_size", "keep_prefix")
 def release(
   tables: Tables, num_kept: Array, *, chunk_size: int, keep_prefix: bool = True
 ) -> Tables:

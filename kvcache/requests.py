@@ -6,7 +6,7 @@ are computed (`seq_lens`). A step computes some of the difference, and a row who
 token is computed samples the next one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import enum
 from typing import Any
 
@@ -89,7 +89,7 @@ class Requests(Node, kw_only=True):
       got nothing computed, by reason.
     logprobs: `[Q, C]` float32, log-probabilities of the output tokens, or None if not
       wanted.
-    num_steps: `[]` int32. Model steps run for these requests.
+    num_steps: `[]` int32. Model steps in which something of them was computed.
     num_scheduled: `[]` int32. `num_steps` when the scheduler last looked at them.
     num_drafts: `[]` int32. Tokens guessed by a drafter.
     num_accepted: `[]` int32. Those of them that were right.
@@ -423,12 +423,13 @@ def _stop_lists(
   stop_tokens: Sequence[int] | Sequence[Sequence[int]], num: int
 ) -> list[list[int]]:
   """One list of stop tokens for each request, from one for all or one for each."""
-  if isinstance(stop_tokens, int | np.integer | str):
+  is_list = isinstance(stop_tokens, Collection) and not isinstance(stop_tokens, str)
+  if not (is_list or (isinstance(stop_tokens, Array) and stop_tokens.ndim)):
     raise ValueError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
-  for_all = [stop for stop in stop_tokens if isinstance(stop, int | np.integer)]
-  if len(for_all) == len(stop_tokens):
-    return [[int(stop) for stop in for_all]] * num
-  for_each = [list(stop) for stop in stop_tokens if isinstance(stop, Sequence)]
+  lists = [np.asarray(stop).tolist() for stop in stop_tokens]
+  for_each = [stop for stop in lists if isinstance(stop, list)]
+  if not for_each:
+    return [lists] * num
   if len(for_each) != num:
     raise ValueError(f"stop_tokens has {len(for_each)} lists for {num} prompts")
   return for_each

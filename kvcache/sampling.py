@@ -24,6 +24,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcache import arguments
 from kvcache.printing import Node
 
 _MAX_UINT32 = 2**32 - 1
@@ -82,8 +83,19 @@ class SamplingSettings(Node, kw_only=True):
 Sampler = Callable[[Array, SamplingSettings, Array], Array]
 
 
+def draw(
+  sampler: Sampler, logits: Array, settings: SamplingSettings, positions: Array
+) -> Array:
+  """Calls a sampler, and refuses what are no tokens `[S]`; `ValueError`."""
+  tokens = sampler(logits, settings, positions)
+  return arguments.as_int32("the sampler's result", tokens, shape=logits.shape[:1])
+
+
 def make_settings(params: Sequence[SamplingParams]) -> SamplingSettings:
   """Returns the settings whose row `i` is `params[i]`."""
+  for entry in params:
+    if not isinstance(entry, SamplingParams):
+      raise ValueError(f"params must be SamplingParams, got {entry!r}")
   return SamplingSettings(
     temperature=jnp.asarray([p.temperature for p in params], jnp.float32),
     top_k=jnp.asarray([p.top_k for p in params], jnp.int32),
@@ -218,7 +230,7 @@ def filter_logits(
   if use_top_p:
     wants = settings.top_p < 1
     masses = _fixed_point(jnp.exp(tempered))
-    total = jnp.sum(masses, axis=-1)
+    total = jnp.sum(masses, axis=-1, dtype=jnp.int32)
     need = jnp.ceil(settings.top_p * total.astype(jnp.float32)).astype(jnp.int32)
     need = jnp.clip(need, 1, total)  # the product may round up past the total
     threshold = jnp.where(wants, _largest_threshold(keys, masses, need), jnp.uint32(0))
@@ -320,7 +332,7 @@ def _largest_threshold(keys: Array, amounts: Array, need: Array) -> Array:
     sums = lax.platform_dependent(
       keys, amounts, candidates, cpu=_sums_by_row, default=_sums_at_once
     )
-    num_steps = jnp.sum((sums >= need[:, None]).astype(jnp.uint32), axis=-1)
+    num_steps = jnp.sum(sums >= need[:, None], axis=-1, dtype=jnp.uint32)
     threshold |= num_steps << jnp.uint32(shift)
   return threshold
 
@@ -328,7 +340,9 @@ def _largest_threshold(keys: Array, amounts: Array, need: Array) -> Array:
 def _sums_by_row(keys: Array, amounts: Array, candidates: Array) -> Array:
   """Returns `[S, C]`: each candidate's sum of `amounts` where `keys` reach it."""
   is_above = keys[:, None, :] >= candidates[:, :, None]
-  return jnp.sum(jnp.where(is_above, amounts[:, None, :], 0), axis=-1)
+  # Named, so that it is int32 with `jax_enable_x64` too, like `_sums_at_once`.
+  reached = jnp.where(is_above, amounts[:, None, :], 0)
+  return jnp.sum(reached, axis=-1, dtype=jnp.int32)
 
 
 def _sums_at_once(keys: Array, amounts: Array, candidates: Array) -> Array:
@@ -358,7 +372,7 @@ def _fixed_point(weights: Array) -> Array:
   limit = 2**31 - 2 * vocab_size - 1024  # less what rounding can add
   scale = jnp.full(weights.shape[:-1], limit / vocab_size, jnp.float32)
   for _ in range(2):
-    total = jnp.sum(_round(weights * scale[..., None]), axis=-1)
+    total = jnp.sum(_round(weights * scale[..., None]), axis=-1, dtype=jnp.int32)
     # Rounding hides at most half a unit per token.
     scale *= limit / (total.astype(jnp.float32) + 0.5 * vocab_size)
   return _round(weights * scale[..., None])

@@ -5,7 +5,8 @@ and branches that are given up go by `finish`, all inside `jax.jit`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from typing import ClassVar, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -18,7 +19,7 @@ from kvcache.errors import Status
 from kvcache.printing import Node
 from kvcache.requests import NO_TOKEN
 from kvcache.sampling import Sampler, SamplingSettings
-from kvcache.serve import Model
+from kvcache.stepping import Model
 
 _NEVER = -jnp.inf
 
@@ -37,6 +38,7 @@ class SearchResult(Node, kw_only=True):
     num_cached: `[]` int32. Tokens of the prompt that were cached.
   """
 
+  codes: ClassVar = {"status": Status}
   tokens: Array
   lengths: Array
   scores: Array
@@ -156,12 +158,18 @@ def best_of(
   Raises:
     ValueError: There are fewer rows than samples, or an argument is out of range.
   """
-  num_branches = jax.tree.leaves(settings)[0].shape[0]
+  if not isinstance(settings, SamplingSettings):
+    raise ValueError(
+      "settings must be SamplingSettings, as sampling.make_settings makes them of"
+      f" SamplingParams, got {type(settings).__name__}"
+    )
+  num_branches = settings.seed.shape[0]
   start = arguments.as_int32("length", length, shape=())
 
   def choose(logprobs: Array, branches: _Branches, step: Array) -> _Choice:
     branch = jnp.arange(num_branches, dtype=jnp.int32)
-    tokens = sampler(logprobs, settings, start + branches.lengths).astype(jnp.int32)
+    positions = start + branches.lengths
+    tokens = sampling.draw(sampler, logprobs, settings, positions)
     gained = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
     is_begun = branches.is_live | (step == 0)
     scores = branches.scores + jnp.where(is_begun, gained, 0.0)
@@ -196,6 +204,7 @@ def _search(
 ) -> tuple[Context, _Branches, Array, Array]:
   prompt = arguments.as_int32("prompt", prompt, ndim=1)
   length = arguments.as_int32("length", length, shape=())
+  stop_token = arguments.as_int32("stop_token", stop_token, shape=())
   sizes = {"num_beams": num_branches, "max_new_tokens": max_new_tokens}
   for name, value in (sizes | {"chunk_size": chunk_size}).items():
     if value < 1:
@@ -272,13 +281,14 @@ def _prefill(
     query_lens = jnp.where(granted == Status.OK, query_lens, 0)
     metadata = stepping.step_metadata(ctx, query_lens, num_tokens=chunk_size)
     tokens = prompt.at[metadata.positions].get(mode="clip")
-    logits, ctx = model(tokens, metadata, ctx)
+    logits, ctx = stepping.call_model(model, tokens, metadata, ctx)
     ctx = stepping.commit(ctx, tokens, metadata)
     return ctx, _logprobs(logits.at[row].get(mode="clip")), granted.at[row].get()
 
   tokens = jnp.zeros(chunk_size, jnp.int32)
   empty = stepping.step_metadata(ctx, jnp.zeros_like(rows), num_tokens=chunk_size)
-  logits = jax.eval_shape(model, tokens, empty, ctx)[0]
+  compute = functools.partial(stepping.call_model, model)
+  logits, _ = jax.eval_shape(compute, tokens, empty, ctx)
   nothing = jnp.zeros(logits.shape[1], jnp.float32)
   # Ends because every round computes a token or is refused.
   ctx, logprobs, status = lax.while_loop(
@@ -306,7 +316,7 @@ def _decode(
   last = branches.tokens[:, step - 1]
   tokens = jnp.zeros(ctx.config.max_seqs, jnp.int32)
   tokens = tokens.at[branches.rows].set(last, mode="drop")
-  logits, ctx = model(tokens, metadata, ctx)
+  logits, ctx = stepping.call_model(model, tokens, metadata, ctx)
   ctx = stepping.commit(ctx, tokens, metadata)
   is_computed = branches.is_live & wants.at[branches.rows].get(mode="clip")
   status = status.at[branches.rows].get(mode="clip")

@@ -7,7 +7,6 @@ long as nothing else is to be done. `kvcache.generation` has the host's convenie
 which runs `serve` in slices.
 """
 
-from collections.abc import Callable
 from typing import Any, overload
 
 import jax
@@ -25,8 +24,7 @@ from kvcache.requests import Batch, Requests, RequestStatus
 from kvcache.sampling import Sampler
 from kvcache.scheduler import Plan, SchedulerConfig
 from kvcache.speculation import Drafter
-
-Model = Callable[[Array, StepMetadata, Context], tuple[Array, Context]]
+from kvcache.stepping import Model
 
 
 def next_tokens(requests: Requests, batch: Batch, metadata: StepMetadata) -> Array:
@@ -61,14 +59,12 @@ def _run_model(
     )
     tokens = next_tokens(requests, batch, metadata)
   with jax.named_scope("model"):
-    logits, ctx = model(tokens, metadata, ctx)
-    _check_logits(logits, metadata)
-    logits = sharding.gather_logits(metadata.head_axes, logits)
+    logits, ctx = stepping.call_model(model, tokens, metadata, ctx)
   with jax.named_scope("commit"):
     ctx = stepping.commit(ctx, tokens, metadata)
   with jax.named_scope("sample"):
     requests, batch = take_samples(ctx, requests, batch, metadata, logits, sampler)
-  return ctx, requests.replace(num_steps=requests.num_steps + 1), batch
+  return ctx, _count_step(requests, metadata), batch
 
 
 def _run_drafts(
@@ -111,15 +107,13 @@ def _run_drafts(
   known = next_tokens(requests, batch, metadata)
   tokens = jnp.where(is_known, known, drafts[rows, guess])
   with jax.named_scope("model"):
-    logits, ctx = model(tokens, metadata, ctx)
-    _check_logits(logits, metadata)
-    logits = sharding.gather_logits(metadata.head_axes, logits)
+    logits, ctx = stepping.call_model(model, tokens, metadata, ctx)
 
   settings = jax.tree.map(lambda x: jnp.repeat(x, num_each, axis=0), batch.settings)
   place = jnp.arange(num_each, dtype=jnp.int32)[None]
   positions = batch.lengths[:, None] + place
   with jax.named_scope("sample"):
-    flat = sampler(logits, settings, positions.reshape(-1))
+    flat = sampling.draw(sampler, logits, settings, positions.reshape(-1))
   logprobs = None
   if requests.logprobs is not None:
     logprobs = sampling.token_logprobs(logits, flat).reshape(S, num_each)
@@ -137,8 +131,7 @@ def _run_drafts(
   num_accepted = jnp.sum(jnp.maximum(num_new - 1, 0), dtype=jnp.int32)
   return (
     ctx,
-    requests.replace(
-      num_steps=requests.num_steps + 1,
+    _count_step(requests, metadata).replace(
       num_drafts=requests.num_drafts + jnp.sum(num_drafts, dtype=jnp.int32),
       num_accepted=requests.num_accepted + num_accepted,
     ),
@@ -147,14 +140,10 @@ def _run_drafts(
   )
 
 
-def _check_logits(logits: Array, metadata: StepMetadata) -> None:
-  wanted = metadata.logits_indices.shape[0]
-  is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
-  if logits.ndim != 2 or logits.shape[0] != wanted or not is_floating:
-    raise ValueError(
-      f"the model must return floating logits [{wanted}, vocab], one for each of"
-      f" metadata.logits_indices, got {logits.dtype}{list(logits.shape)}"
-    )
+def _count_step(requests: Requests, metadata: StepMetadata) -> Requests:
+  """Counts a step in which something was computed: whoever lacks room cannot go on."""
+  num = requests.num_steps + jnp.any(metadata.query_lens > 0).astype(jnp.int32)
+  return requests.replace(num_steps=num)
 
 
 def take_samples(
@@ -176,7 +165,7 @@ def take_samples(
     sampler: As in `kvcache.sampling`.
   """
   mask = (metadata.query_lens > 0) & (ctx.sequences.seq_lens == batch.lengths)
-  tokens = sampler(logits, batch.settings, batch.lengths)
+  tokens = sampling.draw(sampler, logits, batch.settings, batch.lengths)
   logprobs = None
   if requests.logprobs is not None:
     logprobs = sampling.token_logprobs(logits, tokens)
@@ -223,6 +212,7 @@ def step(
     sampler: How tokens are chosen.
   """
   with jax.named_scope("schedule"):
+    requests = sch.send_back_rowless(context.as_context(ctx), requests)
     ctx, requests, plan = sch.schedule(ctx, requests, scheduler)
     batch = sch.running(ctx, requests)
   ctx, requests, batch = _mixed_step(
@@ -327,10 +317,12 @@ def serve(
     model: `model(tokens [T], metadata, ctx) -> (logits [S, vocab], ctx)`.
     ctx: The context. Rows that belong to none of these requests stay as they are. If
       nothing can go on because of what they hold, `serve` ends with requests that wait.
-    requests: The requests, new or half served.
+    requests: The requests, new or half served. What `ctx` holds no row of any more is
+      computed again.
     scheduler: Static settings.
     sampler: How tokens are chosen.
-    max_steps: `[]` int32. Stop after this many model steps; call again to go on.
+    max_steps: `[]` int32. Stop after this many model steps; call again to go on. It
+      ends after fewer if all have ended, or nothing can go on.
     drafter: Guesses tokens, so that a decode step can yield several. The tokens are
       those of a loop without it. The model must give logits for all of
       `metadata.logits_indices`.
@@ -359,12 +351,17 @@ def serve(
     >>> requests.tokens[0].tolist()
     [7, 7, 7, 2, 3, 4]
   """
-  context.check_context(ctx)
+  ctx = context.as_context(ctx)
   if not isinstance(requests, Requests):
     raise ValueError(
       f"requests must be Requests, from make_requests, got {type(requests).__name__}"
     )
+  if not isinstance(history, History | None):
+    raise ValueError(
+      f"history must be a History, from make_history, got {type(history).__name__}"
+    )
   sch.check_budget(ctx, scheduler)
+  requests = sch.send_back_rowless(ctx, requests)
   reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
   if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:
     raise ValueError(

@@ -21,7 +21,7 @@ to a row of its own, and accepting some is choosing the row to be read next.
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, ragged
+from kvcache import blocks, loops, ragged
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_STATE
 from kvcache.printing import Node
@@ -288,6 +288,7 @@ def merge(
   )
 
 
+@loops.compiled()
 def evict(rows: StateRows, count: Array) -> tuple[StateRows, Array]:
   """Frees up to `count` snapshots that no sequence reads, least recently used first.
 

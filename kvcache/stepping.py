@@ -1,7 +1,8 @@
 """A step of a model over a Context: make room, look, write, read, commit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -24,10 +25,12 @@ from kvcache import (
   windows,
 )
 from kvcache.config import CacheConfig, NULL_STATE
-from kvcache.context import Context, recurrent_parts, shortage
+from kvcache.context import as_context, Context, recurrent_parts, shortage
 from kvcache.errors import Status
 from kvcache.metadata import StepMetadata, WindowView
 from kvcache.state_rows import StateRows
+
+Model = Callable[[Array, StepMetadata, Context], tuple[Array, Context]]
 
 
 def extend(
@@ -38,6 +41,9 @@ def extend(
   order: ArrayLike | None = None,
 ) -> tuple[Context, Array]:
   """Makes room for each row's next tokens. Never evicts.
+
+  A row whose status is not `OK` is to be left out of the step: make its `query_lens` 0
+  before `step_metadata`.
 
   Args:
     ctx: The context.
@@ -60,6 +66,7 @@ def extend(
     >>> [kv.Status(code).name for code in status.tolist()]
     ['OK', 'INACTIVE']
   """
+  ctx = as_context(ctx)
   config, table = ctx.config, ctx.sequences
   arguments.check_static("num_tokens", num_tokens)
   query_lens = arguments.as_int32("query_lens", query_lens, shape=(config.max_seqs,))
@@ -132,10 +139,14 @@ def step_metadata(
 ) -> StepMetadata:
   """Builds the view of the context that one model step needs.
 
+  The tokens of a step are packed in the order of the rows, those of rows with tokens in
+  the step alone: read them by `seq_ids` and `positions`, such as
+  `texts[metadata.seq_ids, metadata.positions]`.
+
   Args:
     ctx: The context, after `extend`.
-    query_lens: `[S]` int32. New tokens of each row. Rows get no more than they have
-      room for.
+    query_lens: `[S]` int32. New tokens of each row, 0 for those that `extend` refused.
+      Rows get no more than they have room for.
     num_tokens: `T`, static: the rows' tokens are packed into it. Omitted for a decode
       step: `T = S` and token `s` belongs to row `s`.
     num_logits: Static. Logits wanted of each row: of its last token, or of its first
@@ -154,6 +165,7 @@ def step_metadata(
     >>> metadata.positions.tolist(), metadata.is_padding.tolist()
     ([10, 0], [False, True])
   """
+  ctx = as_context(ctx)
   config = ctx.config
   arguments.check_static("num_tokens", num_tokens)
   if num_logits < 1 or (num_logits > 1 and num_tokens is None):
@@ -223,6 +235,20 @@ def locate(
   return group or 0, layer if is_in_order else jnp.asarray(places, jnp.int32)[layer]
 
 
+def locate_state(config: CacheConfig, layer: ArrayLike) -> Array:
+  """Returns the index of a recurrent layer as int32.
+
+  Raises:
+    ValueError: There is no such layer.
+  """
+  num_layers = config.num_recurrent_layers
+  if isinstance(layer, int | np.integer) and not 0 <= layer < num_layers:
+    raise ValueError(
+      f"layer must be the index of one of {num_layers} recurrent layers, got {layer}"
+    )
+  return jnp.asarray(layer, jnp.int32)
+
+
 def write_kv(
   ctx: Context,
   layer: ArrayLike,
@@ -245,10 +271,11 @@ def write_kv(
   Raises:
     ValueError: Shapes do not fit, or the layer has no keys and values of its own.
   """
+  ctx = as_context(ctx)
   config = ctx.config
   at, place = locate(config, layer, group)
   spec = config.groups[at].layer
-  if isinstance(layer, int):
+  if isinstance(layer, int | np.integer):
     owner = config.attention_layers[layer].shared_with
     if owner is not None:
       raise ValueError(f"layer {layer} reads the keys and values of layer {owner}")
@@ -278,6 +305,38 @@ def view_of(
   return metadata if window is None else metadata.windows[config.windows.index(window)]
 
 
+def call_model(
+  model: Model, tokens: Array, metadata: StepMetadata, ctx: Context
+) -> tuple[Array, Context]:
+  """Computes a step's tokens: `(logits, ctx)`, whole on every device.
+
+  Raises:
+    ValueError: What the model returned cannot come of this step.
+  """
+  result = model(tokens, metadata, ctx)
+  match result:
+    case (Array() | np.ndarray() as logits, Context() as after):
+      pass
+    case _:
+      parts = result if isinstance(result, tuple) else (result,)
+      got = ", ".join(type(part).__name__ for part in parts)
+      raise ValueError(f"the model must return (logits, ctx), got ({got})")
+  wanted = metadata.logits_indices.shape[0]
+  is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
+  if logits.ndim != 2 or logits.shape[0] != wanted or not is_floating:
+    raise ValueError(
+      f"the model must return floating logits [{wanted}, vocab], one for each of"
+      f" metadata.logits_indices, got {logits.dtype}{list(logits.shape)}"
+    )
+  before, written = (jax.tree.leaves((x.kv, x.states)) for x in (ctx, after))
+  if all(old is new for old, new in zip(before, written, strict=False)):
+    raise ValueError(
+      "the model wrote no keys, values or states into the context that it returned:"
+      " return the one that write_kv, write_state or recurrent.step_* gave you"
+    )
+  return sharding.gather_logits(metadata.head_axes, logits), after
+
+
 def read_state(
   ctx: Context, layer: ArrayLike, metadata: StepMetadata
 ) -> dict[str, Array]:
@@ -285,15 +344,19 @@ def read_state(
 
   Args:
     ctx: The context, after `extend` and before `commit`.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
+    layer: `[]` int32, may be traced: index among the recurrent layers in model order.
     metadata: Of this step.
 
   Returns:
     Name -> `[S, ...]`: each row's state before its new tokens; zeros where it has none.
+
+  Raises:
+    ValueError: There is no such recurrent layer.
   """
+  ctx = as_context(ctx)
   _, store = recurrent_parts(ctx)
   source_ids, _ = state_ids(ctx, metadata)
-  return states.read(store, layer, source_ids)
+  return states.read(store, locate_state(ctx.config, layer), source_ids)
 
 
 def write_state(
@@ -305,15 +368,16 @@ def write_state(
 
   Args:
     ctx: The context.
-    layer: `[]` int32, may be traced: index of the recurrent layer.
+    layer: `[]` int32, may be traced: index among the recurrent layers in model order.
     state: Name -> `[S, ...]`, cast to the layer's dtypes; in a draft step
       `[S, num_logits, ...]`, entry `i` after the row's token `i`. Rows that are not in
       the step, and entries past a row's tokens, are ignored.
     metadata: Of this step.
 
   Raises:
-    ValueError: Names or shapes are not those of the layer.
+    ValueError: There is no such recurrent layer, or names or shapes are not its own.
   """
+  ctx = as_context(ctx)
   _, store = recurrent_parts(ctx)
   _, target_ids = state_ids(ctx, metadata)
   wanted = {
@@ -322,7 +386,8 @@ def write_state(
   got = {name: jnp.shape(array) for name, array in state.items()}
   if got != wanted:
     raise ValueError(f"state must have shapes {wanted}, got {got}")
-  return ctx.replace(states=states.write(store, layer, state, target_ids))
+  place = locate_state(ctx.config, layer)
+  return ctx.replace(states=states.write(store, place, state, target_ids))
 
 
 def state_ids(ctx: Context, metadata: StepMetadata) -> tuple[Array, Array]:
@@ -371,6 +436,7 @@ def commit(
     ValueError: `accepted` is given, a layer is recurrent, and the step is no draft
       step: only the states after the rows' last tokens were kept.
   """
+  ctx = as_context(ctx)
   tokens = arguments.as_int32("tokens", tokens, shape=(metadata.num_tokens,))
   num_new = metadata.query_lens
   if accepted is not None:

@@ -15,7 +15,6 @@ import numpy as np
 from kvcache.observe import block_map
 from kvcache.observe.block_map import BlockMap
 from kvcache.observe.palette import Kind, LOOKS
-from kvcache.observe.text import counts
 
 _RESET, _ERASE = "\x1b[0m", "\r\x1b[K"
 _COLORS = {
@@ -135,7 +134,7 @@ def block_chart(
   for pool in found.pools:
     shown, size = _glyphs_of(pool.kinds[1:], width * height)
     scale = f", {size} to a glyph" if size > 1 else ""
-    lines.append(f"{pool.name}: {counts(pool)}{scale}")
+    lines.append(f"{pool.name}: {pool.summary}{scale}")
     lines += [
       "  " + _painted(shown[at : at + width], style)
       for at in range(0, len(shown), width)

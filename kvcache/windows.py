@@ -18,7 +18,7 @@ import flax.struct
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import blocks, ragged, ring
+from kvcache import blocks, loops, ragged, ring
 from kvcache.blocks import BlockPool
 from kvcache.config import NULL_BLOCK
 from kvcache.printing import Node
@@ -316,6 +316,7 @@ def shorten(
   )
 
 
+@loops.compiled("chunk_size")
 def _release(
   window: WindowBlocks, starts: Array, counts: Array, *, chunk_size: int
 ) -> WindowBlocks:
@@ -398,6 +399,7 @@ def detach(window: WindowBlocks, cached_ids: Array, mask: Array) -> WindowBlocks
   )
 
 
+@loops.compiled("num_entries")
 def evict(
   window: WindowBlocks, count: Array, *, num_entries: int
 ) -> tuple[WindowBlocks, Array]:

@@ -5,11 +5,11 @@ from pathlib import Path
 import re
 
 from kvcache import Status
-from tests.hostile import files, kernels, requests, settings, verbs
+from tests.hostile import files, kernels, requests, rows, settings, verbs
 from tests.hostile.table import WrongUse
 
 PATH = Path(__file__).parents[1] / "docs" / "wrong_uses.md"
-MODULES = (verbs, settings, requests, kernels, files)
+MODULES = (verbs, rows, settings, requests, kernels, files)
 HEADER = """# Wrong uses
 
 What happens when the library is used in ways it was not meant for. Each row is a test;

@@ -136,10 +136,17 @@ def test_save_and_restore_by_hand(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"sizes": dataclasses.replace(SIZES, num_blocks=26)}, "another configuration.*26"),
-    ({"prompts": PROMPTS[:7]}, "another sizes of requests"),
-    ({"prompts": [[1, *prompt[1:]] for prompt in PROMPTS]}, "other prompts"),
-    ({"namespace": [1] * 8}, "other prompts or settings"),
+    (
+      {"sizes": dataclasses.replace(SIZES, num_blocks=26)},
+      "num_blocks: 25, not 26$",
+    ),
+    ({"prompts": PROMPTS[:7]}, "another set of requests: prompts: 8, not 7; tokens"),
+    ({"prompts": [[1, *prompt[1:]] for prompt in PROMPTS]}, "other prompts$"),
+    ({"namespace": [1] * 8, "priority": [2] * 8}, "other priority, namespace$"),
+    ({"stop_tokens": [5]}, "other stop_tokens$"),
+    ({"stop_tokens": [5, 6]}, "another set of requests: stop tokens: 1, not 2$"),
+    ({"sampling_params": SamplingParams(seed=1)}, "other sampling_params$"),
+    ({"max_new_tokens": [1] + [3] * 7}, "other max_new_tokens$"),
   ],
 )
 def test_what_belongs_to_something_else_is_refused(tmp_path, change, message):
@@ -147,7 +154,7 @@ def test_what_belongs_to_something_else_is_refused(tmp_path, change, message):
   kvcache.save_checkpoint(tmp_path, ctx, requests)
   sizes = change.pop("sizes", SIZES)
   prompts = change.pop("prompts", PROMPTS)
-  other = kvcache.make_requests(prompts, max_new_tokens=3, **change)
+  other = kvcache.make_requests(prompts, **{"max_new_tokens": 3} | change)
   with pytest.raises(CheckpointError, match=message):
     kvcache.restore_checkpoint(tmp_path, kvcache.init(sizes), other)
 

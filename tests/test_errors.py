@@ -35,7 +35,7 @@ def test_every_other_code_is_transient_or_permanent():
 
 @pytest.mark.parametrize("status", [s for s in Status if s != Status.OK])
 def test_every_code_has_its_own_exception(status):
-  with pytest.raises(CacheError, match=f"refused 0: {status.name}$") as raised:
+  with pytest.raises(CacheError, match=f"refused row 0: {status.name}$") as raised:
     raise_for_status(jnp.array([status]))
   assert raised.type is EXCEPTIONS[status]
   assert len(set(EXCEPTIONS.values())) == len(Status) - 1
@@ -49,7 +49,7 @@ def test_nothing_is_raised_if_every_row_is_served(status):
 def test_the_first_failure_decides_and_all_are_told():
   status = jnp.array([0, Status.NO_BLOCKS, 0, Status.EMPTY], jnp.int32)
   with pytest.raises(
-    errors.BlockOverflowError, match=r"^refused 1: NO_BLOCKS, 3: EMPTY$"
+    errors.BlockOverflowError, match=r"^refused row 1: NO_BLOCKS, row 3: EMPTY$"
   ):
     raise_for_status(status)
 

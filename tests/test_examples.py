@@ -28,25 +28,44 @@ def test_a_moved_model_gives_the_tokens_it_gave_before(example):
   assert before[0] != before[1]
 
 
-def test_the_step_by_hand_is_the_step_of_the_loop():
+def by_hand(prompts, *, num_blocks=16):
+  """A step of examples/model_plain.py and what it starts with: `step, ctx, texts`."""
   weights = model_plain.make_weights(jax.random.key(0))
   config = kv.CacheConfig(
     layers=(kv.AttentionLayer(num_kv_heads=2, head_dim=8),) * 2,
-    num_blocks=16,
+    num_blocks=num_blocks,
     block_size=4,
     max_seqs=2,
     max_seq_len=32,
   )
-  prompt = jnp.array([[1, 2, 3, 4, 5]], jnp.int32)
-  ctx, _ = jax.jit(kv.admit)(kv.init(config), prompt, jnp.array([5]))
-  row = jnp.array([1, 0], jnp.int32)
+  texts = np.zeros((2, 32), np.int32)
+  for row, prompt in zip(texts, prompts, strict=False):
+    row[: len(prompt)] = prompt
+  lengths = jnp.array([len(prompt) for prompt in prompts])
+  ctx, _ = jax.jit(kv.admit)(kv.init(config), texts[: len(prompts)], lengths)
   step = functools.partial(model_plain.compiled_step, weights)
-  ctx, logits = step(ctx, prompt[0], 5 * row, num_tokens=5)
-  out = [int(jnp.argmax(logits[0]))]
-  while len(out) < 6:
-    ctx, logits = step(ctx, out[-1] * row, row)
-    out.append(int(jnp.argmax(logits[0])))
-  assert out == model_plain.main()[0]
+  return step, ctx, jnp.asarray(texts)
+
+
+def test_the_step_by_hand_is_the_step_of_the_loop():
+  step, ctx, texts = by_hand([[1, 2, 3, 4, 5]])
+  row = jnp.array([1, 0], jnp.int32)
+  ctx, logits = step(ctx, texts, 5 * row, num_tokens=5)
+  for length in range(5, 11):
+    texts = texts.at[0, length].set(jnp.argmax(logits[0]))
+    ctx, logits = step(ctx, texts, row)
+  assert texts[0, 5:11].tolist() == model_plain.main()[0]
+
+
+def test_a_row_refused_by_hand_leaves_the_others_their_tokens():
+  long, short = list(range(20, 29)), [1, 2, 3, 4, 5]
+  step, ctx, texts = by_hand([long, short], num_blocks=5)  # of three and two
+  ctx, _ = kv.extend(ctx, jnp.array([0, 5]), num_tokens=16)  # it has its room first
+  ctx, together = step(ctx, texts, jnp.array([9, 5]), num_tokens=16)
+  assert ctx.sequences.seq_lens.tolist() == [0, 5]
+  step, ctx, texts = by_hand([short])
+  _, alone = step(ctx, texts, jnp.array([5, 0]), num_tokens=16)
+  np.testing.assert_array_equal(together[1], alone[0])
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ PARTS = {"blocks", "sequences", "prefix", "kv", "states"}
 # Floors of kvcache, the ground floor first. A module imports from its own floor or from
 # floors below, never from above. `kvcache` is the front door, kvcache/__init__.py.
 FLOORS = (
-  {"printing", "config", "errors", "ragged", "ring", "hashing", "arguments"},
+  {"printing", "config", "errors", "loops", "ragged", "ring", "hashing", "arguments"},
   PARTS,
   {"state_rows", "windows"},
   {"metadata"},

@@ -1,5 +1,8 @@
 """The layers: norms, rotary embedding, products, paged attention, and `as_function`."""
 
+import copy
+import pickle
+
 import chex
 from flax import nnx
 import jax
@@ -29,6 +32,14 @@ RNG = np.random.default_rng(0)
 
 def normal(*shape: int) -> jax.Array:
   return jnp.asarray(RNG.standard_normal(shape, dtype=np.float32))
+
+
+def test_functions_of_modules_can_be_pickled_and_copied():
+  run = as_function(Linear(3, 2, rngs=nnx.Rngs(0)))
+  x, twin = jnp.ones((1, 3)), pickle.loads(pickle.dumps(run))
+  np.testing.assert_array_equal(twin(x), run(x))
+  assert jax.tree.structure(twin) == jax.tree.structure(run)
+  assert jax.tree.structure(copy.deepcopy(run)) == jax.tree.structure(run)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

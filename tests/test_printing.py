@@ -77,6 +77,8 @@ def test_requests_print_how_they_ended():
   config = CacheConfig(layers=(FULL,), num_blocks=4, max_seqs=1, max_seq_len=32)
 
   def model(tokens, metadata, ctx):
+    x = jnp.zeros((tokens.size, 2, 4))
+    ctx = kvcache.write_kv(ctx, 0, x, x, metadata)
     return jnp.zeros((metadata.seq_lens.size, 8)), ctx
 
   asked = kvcache.make_requests([[1, 2, 3], [4] * 99], max_new_tokens=2)
@@ -92,10 +94,26 @@ def test_nodes_print_numbers_and_the_types_of_long_arrays():
     "Events(stored=bool[64] (0 true), removed=bool[64] (0 true))"
   )
   _, admission = kvcache.admit(ctx, [[1, 2, 3]], [3])
-  assert repr(admission) == "Admission(seq_ids=[0], num_cached=[0], status=[0])"
+  assert repr(admission) == "Admission(seq_ids=[0], num_cached=[0], status=[OK])"
   seen = []
   jax.eval_shape(lambda x: seen.append(repr(x)), admission)
   assert seen[0].startswith("Admission(seq_ids=int32[1] (traced), ")
+
+
+def test_maps_of_blocks_print_in_a_line():
+  ctx = kvcache.init(CacheConfig(layers=(FULL,), num_blocks=64, max_seqs=2))
+  ctx, _ = kvcache.admit(ctx, [[1, 2, 3]], [3])
+  ctx, _ = kvcache.extend(ctx, jnp.array([3, 0]), num_tokens=4)
+  found = kvcache.map_blocks(ctx)
+  assert repr(found) == "BlockMap(1 of 2 rows; blocks: 1 exclusive, 62 free)"
+  assert repr(found.blocks) == "PoolMap(blocks: 1 exclusive, 62 free)"
+
+
+def test_exported_states_print_their_types():
+  layers = (FULL, RecurrentLayer(state={"sum": (5, 4)}))
+  ctx = kvcache.init(CacheConfig(layers=layers, num_blocks=8))
+  shown = repr(kvcache.export_sequences(ctx, jnp.array([0]), max_len=8))
+  assert shown.endswith("states={'sum': float32[1, 1, 5, 4]})") and "\n" not in shown
 
 
 def test_keys_of_random_numbers_print_as_their_type():

@@ -68,6 +68,15 @@ def test_one_value_serves_all(one):
   assert requests.stop_tokens.tolist() == [[7, 8]] * 4
 
 
+@pytest.mark.parametrize("as_array", [np.array, jnp.array, tuple])
+def test_stop_tokens_may_be_arrays(as_array):
+  for_all = make_requests(PROMPTS, max_new_tokens=1, stop_tokens=as_array([7, 8]))
+  assert for_all.stop_tokens.tolist() == [[7, 8]] * 4
+  lists = [as_array([7]), as_array([]), [8, 9], [1]]
+  for_each = make_requests(PROMPTS, max_new_tokens=1, stop_tokens=lists)
+  assert for_each.stop_tokens.tolist() == [[7, -1], [-1, -1], [8, 9], [1, -1]]
+
+
 def test_prompts_may_be_arrays():
   requests = make_requests(
     [np.array([1, 2]), np.array([3], np.int64)], max_new_tokens=1

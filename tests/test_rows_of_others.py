@@ -64,6 +64,65 @@ def test_serve_ends_where_others_are_in_the_way_for_good(lengths, wait_reason):
   assert_results(requests, CROWDED.expected([[1, 2, 3], [5] * 4], 3, params=params))
 
 
+def generate_among(lengths, prompts, max_new_tokens):
+  before = with_others(CROWDED, lengths)
+  was = jax.device_get(before.sequences)
+  ctx, done = kvcache.generate(
+    toy.model,
+    before,
+    prompts,
+    max_new_tokens=max_new_tokens,
+    scheduler=CROWDED.scheduler,
+  )
+  kvcache.check_invariants(ctx)
+  num = len(lengths)
+  for name in ("seq_lens", "num_blocks", "is_active"):
+    now = np.asarray(getattr(ctx.sequences, name))
+    np.testing.assert_array_equal(now[:num], np.asarray(getattr(was, name))[:num])
+    assert not now[num:].any()  # also of requests that could not go on
+  return ctx, done
+
+
+def test_generate_serves_beside_rows_of_others():
+  """A pinned row: what begins as it does finds its blocks."""
+  prompt = [7] * 16 + [1, 2]
+  ctx, (done,) = generate_among([16], [prompt], 3)
+  (want,) = toy.expected([prompt], 3, max_tokens_per_seq=64)
+  assert done.tokens == want.tokens and done.num_cached == 16
+  kvcache.check_invariants(ctx)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "status"), [([3] * 6, Status.NO_ROW), ([60, 36], Status.NO_BLOCKS)]
+)
+def test_generate_refuses_what_others_are_in_the_way_of(lengths, status):
+  _, done = generate_among(lengths, [[1, 2, 3], [5] * 4], 3)
+  assert [one.finish_reason for one in done] == ["refused"] * 2
+  assert [one.status for one in done] == [status] * 2
+  assert status.is_transient
+
+
+def test_generate_keeps_what_a_request_had_before_it_could_not_go_on():
+  prompt = [1, 2, 3]
+  _, (done,) = generate_among([60, 27], [prompt], 30)
+  (want,) = toy.expected([prompt], 30, max_tokens_per_seq=64)
+  assert done.finish_reason == "refused" and done.status == Status.NO_BLOCKS
+  assert 0 < len(done.tokens) < 30 and done.tokens == want.tokens[: len(done.tokens)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_requests_whose_rows_are_gone_are_computed_again(num_steps):
+  prompts = [[1, 2, 3], [5] * 9, [4]]
+  asked = CROWDED.requests(prompts, 6)
+  ctx, requests = CROWDED.serve(kvcache.init(CROWDED.sizes), asked, num_steps)
+  assert (requests.status[:3] == RequestStatus.RUNNING).any()
+  one = kvcache.reset(ctx, keep_prefix=num_steps == 4)
+  ctx, requests = CROWDED.serve(one, requests)
+  kvcache.check_invariants(ctx)
+  params = [SamplingParams()] * 3
+  assert_results(requests, CROWDED.expected(prompts, 6, params=params))
+
+
 def test_serve_ends_where_a_running_request_cannot_go_on():
   before = with_others(CROWDED, [60, 27])
   asked = CROWDED.requests([[1, 2, 3]], 30)

@@ -404,6 +404,18 @@ def test_eager_and_jit_agree():
   assert sampling.sample(*args) == SAMPLE(*args)
 
 
+def test_tokens_are_the_same_with_64_bits():
+  rng = np.random.default_rng(11)
+  logits = rng.normal(size=(3, 50)).astype(np.float32)
+  params = [FULL, SamplingParams(temperature=0.7, top_k=4, seed=3), SamplingParams()]
+  with jax.enable_x64(True):
+    wide = jax.jit(sampling.sample)(
+      jnp.asarray(logits), settings_of(*params), jnp.arange(3, dtype=jnp.int32)
+    )
+  want = SAMPLE(jnp.asarray(logits), settings_of(*params), jnp.arange(3))
+  assert wide.dtype == jnp.int32 and wide.tolist() == want.tolist()
+
+
 def primitives(jaxpr):
   for equation in jaxpr.eqns:
     yield equation.primitive.name

@@ -5,7 +5,6 @@ A compiled loop must not see a module: every call would walk its attributes in P
 become constants of the program. `as_function` walks the module once.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -34,12 +33,21 @@ def as_function(module: nnx.Module) -> Partial:
   return Partial(_call_of(graph, structure), arrays)
 
 
-@functools.lru_cache(maxsize=64)
-def _call_of(graph: nnx.GraphDef[Any], structure: Any) -> Callable[..., Any]:
-  """Makes one function per structure: jit compares functions by identity."""
+class _CallModule:
+  """The code part of a module's function, which can be pickled."""
 
-  def call_module(arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
-    module = nnx.merge(graph, jax.tree.unflatten(structure, arrays))
+  def __init__(self, graph: nnx.GraphDef[Any], structure: Any):
+    self.graph, self.structure = graph, structure
+
+  def __call__(self, arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
+    module = nnx.merge(self.graph, jax.tree.unflatten(self.structure, arrays))
     return module(*args, **kwargs)
 
-  return call_module
+  def __reduce__(self) -> tuple[Any, ...]:
+    return _call_of, (self.graph, self.structure)
+
+
+@functools.lru_cache(maxsize=64)
+def _call_of(graph: nnx.GraphDef[Any], structure: Any) -> _CallModule:
+  """Makes one object per structure: jit compares functions by identity."""
+  return _CallModule(graph, structure)

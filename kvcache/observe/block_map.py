@@ -42,6 +42,14 @@ class PoolMap:
   tokens_in: np.ndarray
   owners: np.ndarray
 
+  def __repr__(self) -> str:
+    return f"PoolMap({self.name}: {self.summary})"
+
+  @property
+  def summary(self) -> str:
+    """How many blocks are of each kind, `"3 shared, 9 free"`."""
+    return ", ".join(f"{num:,} {LOOKS[kind].name}" for kind, num in self.counts.items())
+
   @functools.cached_property
   def counts(self) -> dict[Kind, int]:
     """How many blocks are of each kind; kinds without any are left out."""
@@ -77,6 +85,11 @@ class BlockMap:
   config: CacheConfig
   tables: Tables
   pools: tuple[PoolMap, ...]
+
+  def __repr__(self) -> str:
+    rows = f"{len(self.rows):,} of {self.config.max_seqs:,} rows"
+    pools = (f"{pool.name}: {pool.summary}" for pool in self.pools)
+    return f"BlockMap({'; '.join([rows, *pools])})"
 
   @property
   def blocks(self) -> PoolMap:

@@ -84,7 +84,7 @@ def render_html(ctx: Context | BlockMap, *, decode: Decode | None = None) -> str
 
 
 def _summary(found: BlockMap) -> str:
-  pools = (f"{pool.name}: {text.counts(pool)}" for pool in found.pools)
+  pools = (f"{pool.name}: {pool.summary}" for pool in found.pools)
   return f"Memory of {len(found.rows)} sequences. {'; '.join(pools)}"
 
 
@@ -92,7 +92,7 @@ def _pool(found: BlockMap, pool: PoolMap, decode: Decode | None) -> str:
   kinds = pool.kinds[1:]  # without the null block
   width = block_map.bin_width(kinds.size, _MAX_CELLS)
   scale = "" if width == 1 else f"; {width} blocks to a cell"
-  title = _title(pool.name, f"{text.counts(pool)}{scale}")
+  title = _title(pool.name, f"{pool.summary}{scale}")
   if width == 1:
     cells = [
       _cell(int(kind), _block_hover(found, pool, block, decode))

@@ -8,7 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
-from kvcache.context import Context, Counters
+from kvcache.context import as_context, Context, Counters
 from kvcache.prefix import PrefixIndex
 from kvcache.printing import Node
 
@@ -72,6 +72,7 @@ def stats(ctx: Context) -> Stats:
     >>> int(numbers.num_tokens), int(numbers.num_in_use), int(numbers.num_reserved)
     (10, 3, 2)
   """
+  ctx = as_context(ctx)
   refs, table, counters = ctx.pool.ref_counts, ctx.sequences, ctx.counters
   room = table.num_blocks * ctx.config.block_size
   prompt_tokens = counters.prompt_tokens.astype(jnp.float32)
@@ -116,6 +117,7 @@ def events(before: Context, after: Context) -> Events:
     >>> int(kv.events(started, after).stored.sum())
     2
   """
+  before, after = as_context(before), as_context(after)
   if before.config != after.config:
     raise ValueError("before and after have different configurations")
   return index_events(before.prefix, after.prefix)

@@ -5,7 +5,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from kvcache.context import Context
-from kvcache.observe import block_map, text
+from kvcache.observe import block_map
 from kvcache.observe.block_map import BlockMap, PoolMap
 from kvcache.observe.history import History
 from kvcache.observe.palette import Kind, LOOKS
@@ -49,7 +49,7 @@ def plot_blocks(ctx: Context | BlockMap, *, figure: "Figure | None" = None) -> "
     if grid.size <= _MAX_LINED:
       _draw_lines(axis, grid.shape)
     scale = "" if width == 1 else f" ({width} blocks to a cell)"
-    axis.set_title(f"{pool.name}: {text.counts(pool)}{scale}", loc="left", fontsize=9)
+    axis.set_title(f"{pool.name}: {pool.summary}{scale}", loc="left", fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
   if num_rows:

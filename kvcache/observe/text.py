@@ -6,7 +6,6 @@ import math
 from kvcache.config import CacheConfig
 from kvcache.context import Context
 from kvcache.observe import block_map
-from kvcache.observe.palette import LOOKS
 from kvcache.printing import count
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -25,7 +24,7 @@ def describe(ctx: Context) -> str:
   parts = [
     sizes(config),
     f"{len(found.rows):,} of {config.max_seqs:,} rows hold {tokens}",
-    *(f"{pool.name}: {counts(pool)}" for pool in found.pools),
+    *(f"{pool.name}: {pool.summary}" for pool in found.pools),
   ]
   return f"Context({'; '.join(parts)})"
 
@@ -46,11 +45,6 @@ def sizes(config: CacheConfig) -> str:
     num = config.num_recurrent_layers
     parts.append(count(num, "recurrent layer"))
   return ", ".join([*parts, num_bytes(config.num_bytes)])
-
-
-def counts(pool: block_map.PoolMap) -> str:
-  """Returns how many blocks are of each kind, `"3 shared, 9 free"`."""
-  return ", ".join(f"{num:,} {LOOKS[kind].name}" for kind, num in pool.counts.items())
 
 
 def num_bytes(num: int) -> str:

@@ -145,19 +145,25 @@ USES: list[WrongUse] = [
   refused(
     "checkpoint: another configuration",
     restore(sizes=toy.config(num_blocks=5, block_size=4, max_seqs=2, max_seq_len=8)),
-    "was saved with another configuration",
+    "was saved with another configuration: num_blocks: 4, not 5",
     CheckpointError,
   ),
   refused(
     "checkpoint: other prompts",
     restore(prompts=((1, 9), (3,))),
-    "was saved with other prompts or settings",
+    "was saved with other prompts",
     CheckpointError,
   ),
   refused(
     "checkpoint: other namespaces",
     restore(namespace=[0, 1]),
-    "was saved with other prompts or settings",
+    "was saved with other namespace",
+    CheckpointError,
+  ),
+  refused(
+    "checkpoint: other stop tokens",
+    restore(stop_tokens=[5]),
+    "was saved with other stop_tokens",
     CheckpointError,
   ),
   refused(

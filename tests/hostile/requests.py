@@ -11,7 +11,7 @@ from kvcache import generation, PromptLookup, SamplingParams, SchedulerConfig, S
 from kvcache.models import Llama, LlamaConfig
 from kvcache.sampling import greedy
 from tests import toy_model as toy
-from tests.hostile.table import area, hybrid, WrongUse
+from tests.hostile.table import area, hybrid, WrongUse, zeros
 
 SIZES = toy.config(num_blocks=9, block_size=4, max_seqs=2, max_seq_len=16)
 SCHEDULER = SchedulerConfig(token_budget=8, max_admissions=2)
@@ -51,6 +51,15 @@ def serve(*strange, news=3, **kwargs):
   )
   assert [c.tokens for c in done[len(strange) :]] == [w.tokens for w in want]
   return [(c.finish_reason, c.status) for c in done[: len(strange)]]
+
+
+def among_others():
+  ctx = jax.tree.map(jnp.copy, fresh())
+  ctx, _ = kvcache.admit(ctx, zeros(2, 3), [3, 3])
+  ctx, done = kvcache.generate(toy.model, ctx, GOOD, scheduler=SCHEDULER)
+  kvcache.check_invariants(ctx)
+  assert ctx.sequences.is_active.all()
+  return [(c.finish_reason, c.status) for c in done]
 
 
 def equal_seeds():
@@ -180,6 +189,11 @@ USES: list[WrongUse] = [
     "stop_tokens must fit into int32, got 2147483648",
   ),
   refused(
+    "no stop tokens, as None",
+    lambda: make(stop_tokens=None),
+    "stop_tokens must be a list of token ids, got None",
+  ),
+  refused(
     "a stop text",
     lambda: make(stop_tokens=["a", "b"]),
     "stop_tokens must be a list of token ids",
@@ -230,12 +244,46 @@ USES: list[WrongUse] = [
     lambda: kvcache.generate(toy.model, SIZES, GOOD),
     "ctx must be a Context, as kvcache.init makes it, got CacheConfig",
   ),
+  row(
+    "generate: a context whose every row holds a sequence of somebody else",
+    among_others,
+    gives=[("refused", Status.NO_ROW)] * 2,
+    note="those sequences stay as they are",
+  ),
   refused(
-    "generate: a context with a sequence of somebody else",
-    lambda: kvcache.generate(
-      toy.model, kvcache.admit(fresh(), [[1, 2]], [2])[0], GOOD, max_new_tokens=2
+    "serve: a model that returns the context it was given",
+    lambda: trace(model_of((2, toy.VOCAB))),
+    "the model wrote no keys, values or states into the context that it returned",
+  ),
+  refused(
+    "serve: a model that returns the context first",
+    lambda: trace(lambda *args: toy.model(*args)[::-1]),
+    r"the model must return \(logits, ctx\), got \(Context, \w+Tracer\)",
+  ),
+  refused(
+    "serve: a model that returns logits alone",
+    lambda: trace(lambda *args: toy.model(*args)[0]),
+    r"the model must return \(logits, ctx\), got \(\w+Tracer\)",
+  ),
+  refused(
+    "serve: a sampler that returns probabilities",
+    lambda: trace(toy.model, sampler=lambda logits, *_: jax.nn.softmax(logits)),
+    r"the sampler's result must be integers, got float32\[2, 32\]",
+  ),
+  refused(
+    "serve: a policy that says who comes first",
+    lambda: kvcache.serve(
+      toy.model,
+      fresh(),
+      make(),
+      scheduler=SchedulerConfig(token_budget=8, admission=lambda *_: jnp.int32(0)),
     ),
-    r"sequences that belong to none of these requests, in rows \[0\]",
+    r"the policy's order must have shape \(2,\), got \(\)",
+  ),
+  refused(
+    "serve: a number of samples instead of a history",
+    lambda: trace(toy.model, history=10),
+    "history must be a History, from make_history, got int",
   ),
   refused(
     "serve: a model of three layers, a context for two",
@@ -279,6 +327,18 @@ USES: list[WrongUse] = [
   ),
   refused(
     "search: no beams", lambda: search(num_beams=0), "num_beams must be at least 1"
+  ),
+  refused(
+    "search: two stop tokens",
+    lambda: search(stop_token=[1, 2]),
+    r"stop_token must have shape \(\), got \(2,\)",
+  ),
+  refused(
+    "search: parameters instead of settings",
+    lambda: kvcache.best_of(
+      toy.model, fresh(), zeros(4), 3, [SamplingParams()] * 2, max_new_tokens=2
+    ),
+    "settings must be SamplingSettings, as sampling.make_settings makes them",
   ),
   refused(
     "search: two prompts",

@@ -323,6 +323,12 @@ USES: list[WrongUse] = [
     message="watermark must be a non-negative int, got 0.5",
   ),
   row(
+    "scheduler: the name of a policy",
+    lambda: SchedulerConfig(admission="fcfs"),
+    raises=ValueError,
+    message="admission must be a policy, got 'fcfs'",
+  ),
+  row(
     "drafter: no drafts",
     lambda: PromptLookup(num_drafts=0),
     raises=ValueError,

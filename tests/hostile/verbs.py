@@ -1,4 +1,6 @@
-"""Wrong uses of the verbs: what cannot be right, and what cannot be served."""
+"""Wrong uses of the verbs: what cannot be right is refused when it is traced."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,70 +12,21 @@ from tests import small
 from tests.hostile.table import (
   area,
   busy,
-  crowded,
-  drained,
   hybrid,
+  LAYER,
   metadata,
   named,
   WrongUse,
   zeros,
 )
 
-INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 TOKENS, LENGTHS = zeros(2, 15), jnp.ones(2, jnp.int32)
-
-
-def admit(ctx, *lengths, text=(), **kwargs):
-  """`admit` of two prompts whose lengths are lies."""
-  tokens = zeros(2, small.WIDTH).at[:, : len(text)].set(small.ints(text)[None])
-  ctx, admission = small.admit(ctx, tokens, small.ints(lengths), **kwargs)
-  return ctx, admission.status.tolist()
-
-
-def extend(ctx, lens, *, num_tokens=small.NUM_TOKENS):
-  ctx, status = small.extend(ctx, small.rows(lens), num_tokens=num_tokens)
-  return ctx, status.tolist()
-
-
-def extend_in_order(num_tokens):
-  def run(ctx):
-    order = zeros(4)  # row 0 four times
-    lens = small.rows({0: 1, 1: 2})
-    # Rows 1 and 2 need a block each, and are not named.
-    lens = jnp.minimum(lens, 1) if num_tokens is None else lens
-    ctx, status = small.extend(ctx, lens, num_tokens=num_tokens, order=order)
-    return ctx, status.tolist()
-
-  return run
-
-
-def fork(ctx, *src):
-  ctx, seq_ids, status = small.fork(ctx, small.ints(src))
-  assert (np.asarray(seq_ids) == -1).all()
-  return ctx, status.tolist()
-
-
-def rewind(ctx, counts):
-  ctx, status = small.rewind(ctx, small.rows(counts))
-  return ctx, status.tolist()
-
-
-def evict(ctx, count):
-  ctx, num = small.evict(ctx, jnp.int32(count))
-  return ctx, int(num)
 
 
 def use_what_was_donated():
   ctx = jax.jit(lambda ctx: jax.tree.map(jnp.copy, ctx))(busy())
   jax.jit(kvcache.publish, donate_argnums=0)(ctx)
   kvcache.publish(ctx)
-
-
-def step_without_room(ctx):
-  """Asks for five tokens in a row that has room for one, without `extend`."""
-  lens = small.rows({1: 5})
-  view = kvcache.step_metadata(ctx, lens, num_tokens=small.NUM_TOKENS)
-  return ctx, view.query_lens.tolist()
 
 
 def commit_twice():
@@ -97,28 +50,6 @@ def import_from(other, into):
   return kvcache.import_sequences(into(), state)
 
 
-def export(ctx, *rows, max_len=8):
-  state = kvcache.export_sequences(ctx, small.ints(rows), max_len=max_len)
-  return ctx, (state.is_valid.tolist(), state.lengths.tolist())
-
-
-def import_nothing(ctx):
-  state = kvcache.export_sequences(ctx, small.ints([2, 9]), max_len=8)
-  ctx, seq_ids, status = kvcache.import_sequences(ctx, state)
-  assert seq_ids.tolist() == [-1, -1]
-  return ctx, status.tolist()
-
-
-def finish_twice(ctx):
-  once = small.finish(ctx, small.mask(0))
-  return small.publish(ctx), same(once, small.finish(once, small.mask(0)))
-
-
-def same(left, right):
-  pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-  return all(np.array_equal(a, b) for a, b in pairs)
-
-
 def write(k=(16, 1, 2), v=(16, 1, 2), layer=0):
   v = None if v is None else jnp.zeros(v)
   return kvcache.write_kv(busy(), layer, jnp.zeros(k), v, metadata())
@@ -132,12 +63,33 @@ def hybrid_view(**kwargs):
   return kvcache.step_metadata(hybrid(), zeros(2), num_tokens=4, **kwargs)
 
 
-def write_state(shape):
-  return kvcache.write_state(hybrid(), 0, {"sum": jnp.zeros(shape)}, hybrid_view())
+def write_state(shape, layer=0):
+  state = {"sum": jnp.zeros(shape)}
+  return kvcache.write_state(hybrid(), layer, state, hybrid_view())
+
+
+def write_shared():
+  layers = (LAYER, dataclasses.replace(LAYER, shared_with=0))
+  ctx = kvcache.init(kvcache.CacheConfig(layers=layers, num_blocks=4, max_seqs=1))
+  view = kvcache.step_metadata(ctx, zeros(1))
+  kvcache.write_kv(ctx, np.int64(1), jnp.zeros((1, 1, 2)), jnp.zeros((1, 1, 2)), view)
+
+
+def batch():
+  return jax.tree.map(lambda x: jnp.stack([x, x]), busy())
+
+
+def use_numpy():
+  """Contexts as `jax.device_get` and pickle return them."""
+  host = jax.device_get(busy())
+  after, admission = kvcache.admit(host, TOKENS[:1] + 99, LENGTHS[:1])
+  kvcache.extend(after, zeros(4).at[0].set(1))
+  kvcache.check_invariants(kvcache.finish(host, np.ones(4, bool)))
+  return kvcache.publish(host), admission.status.tolist()
 
 
 row = area("Verbs, refused when traced")
-TRACED: list[WrongUse] = [
+USES: list[WrongUse] = [
   row(
     "admit: one prompt, not a list of prompts",
     lambda: kvcache.admit(busy(), TOKENS[0], LENGTHS),
@@ -247,6 +199,12 @@ TRACED: list[WrongUse] = [
     message="layer must be the index of one of 2 attention layers, got -1",
   ),
   row(
+    "write_kv: a layer that reads what another one wrote, in numpy's words",
+    write_shared,
+    raises=ValueError,
+    message="layer 1 reads the keys and values of layer 0",
+  ),
+  row(
     "attend: queries of another step",
     lambda: attend(q=(4, 1, 2)),
     raises=ValueError,
@@ -271,6 +229,31 @@ TRACED: list[WrongUse] = [
     lambda: kvcache.read_state(busy(), 0, metadata()),
     raises=ValueError,
     message="the context has no recurrent layer; name it in config.layers",
+  ),
+  row(
+    "read_state: the index among all layers",
+    lambda: kvcache.read_state(hybrid(), 2, hybrid_view()),
+    raises=ValueError,
+    message="layer must be the index of one of 1 recurrent layers, got 2",
+  ),
+  row(
+    "write_state: a negative layer",
+    lambda: write_state((2, 3), layer=-1),
+    raises=ValueError,
+    message="layer must be the index of one of 1 recurrent layers, got -1",
+  ),
+  row(
+    "recurrent.step_conv1d: a layer that does not exist",
+    lambda: kvcache.recurrent.step_conv1d(
+      hybrid(),
+      np.int32(1),
+      jnp.zeros((4, 3)),
+      jnp.zeros((3, 2)),
+      hybrid_view(),
+      name="sum",
+    ),
+    raises=ValueError,
+    message="layer must be the index of one of 1 recurrent layers, got 1",
   ),
   row(
     "write_state: a state of another shape",
@@ -328,7 +311,7 @@ TRACED: list[WrongUse] = [
   ),
   row(
     "export_sequences: sequences of no token",
-    lambda: export(busy(), 0, max_len=0),
+    lambda: kvcache.export_sequences(busy(), [0], max_len=0),
     raises=ValueError,
     message="max_len must be at least 1, got 0",
   ),
@@ -345,10 +328,28 @@ TRACED: list[WrongUse] = [
     message="different configurations",
   ),
   row(
+    "any verb: a configuration instead of a context",
+    lambda: kvcache.admit(busy().config, TOKENS, LENGTHS),
+    raises=ValueError,
+    message="ctx must be a Context, as kvcache.init makes it, got CacheConfig",
+  ),
+  row(
+    "any verb: a batch of contexts",
+    lambda: kvcache.stats(batch()),
+    raises=ValueError,
+    message=r"ctx is a batch \(2,\) of contexts: call this in jax.vmap",
+  ),
+  row(
+    "any verb: a context in numpy's arrays",
+    use_numpy,
+    gives=named(Status.OK),
+    note="it is taken to the device",
+  ),
+  row(
     "any verb: a context that was donated",
     use_what_was_donated,
     raises=RuntimeError,
-    message="Array has been deleted",
+    message="Array has been deleted: ctx was donated to an earlier call",
   ),
   row(
     "commit: the metadata of one step, again and again",
@@ -371,6 +372,12 @@ TRACED: list[WrongUse] = [
     message="num_tokens must be static, because shapes depend on it",
   ),
   row(
+    "raise_for_status: an admission instead of its status",
+    lambda: kvcache.raise_for_status(small.admit(busy(), zeros(2, 16), zeros(2))[1]),
+    raises=ValueError,
+    message="status must be int32 codes, as Admission.status has, got Admission",
+  ),
+  row(
     "raise_for_status: names for other rows",
     lambda: kvcache.raise_for_status([0, 2], ["a"]),
     raises=ValueError,
@@ -383,149 +390,3 @@ TRACED: list[WrongUse] = [
     message="refused b: NO_BLOCKS",
   ),
 ]
-
-row = area("Verbs, refused at run time")
-REFUSED: list[WrongUse] = [
-  row(
-    "admit: lengths of 0 and below",
-    lambda: admit(busy(), 0, -1),
-    gives=named(Status.EMPTY, Status.EMPTY),
-  ),
-  row(
-    "admit: the smallest and the largest length there is",
-    lambda: admit(busy(), INT_MIN, INT_MAX),
-    gives=named(Status.EMPTY, Status.TOO_LONG),
-  ),
-  row(
-    "admit: longer than the array, longer than a row",
-    lambda: admit(busy(), small.WIDTH + 1, 17),
-    gives=named(Status.INVALID, Status.TOO_LONG),
-  ),
-  row(
-    "admit: every row is taken",
-    lambda: admit(crowded(), 1, 1),
-    gives=named(Status.NO_ROW, Status.NO_ROW),
-  ),
-  row(
-    "admit: a budget of no block, a negative budget",
-    lambda: (
-      busy(),
-      [
-        admit(busy(), 1, 1, text=[99], block_budget=budget)[1]
-        for budget in (0, INT_MIN)
-      ],
-    ),
-    gives=[named(Status.NO_BLOCKS, Status.NO_BLOCKS)] * 2,
-  ),
-  row(
-    "admit: tokens that no vocabulary has",
-    lambda: admit(busy(), 2, 2, text=[-1, INT_MAX]),
-    gives=named(Status.OK, Status.OK),
-    changes=True,
-    note="tokens are compared, never looked up: any int32 is one",
-  ),
-  row(
-    "extend: a row that holds no sequence",
-    lambda: extend(busy(), {2: 1}),
-    gives=named(Status.OK, Status.OK, Status.INACTIVE, Status.OK),
-  ),
-  row(
-    "extend: negative counts",
-    lambda: extend(busy(), {0: -1, 1: INT_MIN}),
-    gives=named(Status.INVALID, Status.INVALID, Status.OK, Status.OK),
-  ),
-  row(
-    "extend: more than a row can hold, far more",
-    lambda: extend(busy(), {0: 11, 1: INT_MAX}),
-    gives=named(Status.TOO_LONG, Status.TOO_LONG, Status.OK, Status.OK),
-  ),
-  row(
-    "extend: more than the step's tokens",
-    lambda: extend(busy(), {0: 10, 1: 13}),
-    gives=named(Status.OK, Status.OVER_BUDGET, Status.OK, Status.OK),
-    changes=True,
-  ),
-  row(
-    "extend: two tokens in the decode shape",
-    lambda: extend(busy(), {0: 2}, num_tokens=None),
-    gives=named(Status.OVER_BUDGET, Status.OK, Status.OK, Status.OK),
-  ),
-  row(
-    "extend: not a block is free",
-    lambda: extend(drained(), {2: 12}),
-    gives=named(Status.OK, Status.OK, Status.NO_BLOCKS, Status.OK),
-  ),
-  row(
-    "extend: an order that names row 0 only",
-    lambda: extend_in_order(small.NUM_TOKENS)(busy()),
-    gives=named(Status.OK, Status.OVER_BUDGET, Status.OK, Status.OK),
-    changes=True,
-    note="a row that the order does not name gets nothing",
-  ),
-  row(
-    "step_metadata: tokens for which nobody made room",
-    lambda: step_without_room(busy()),
-    gives=[0, 1, 0, 0],
-    note="rows get what their blocks have room for",
-  ),
-  row(
-    "fork: rows that hold no sequence, rows that are none",
-    lambda: fork(busy(), 2, -1, 4, INT_MAX),
-    gives=named(*[Status.INACTIVE] * 4),
-  ),
-  row(
-    "fork: every row is taken",
-    lambda: fork(crowded(), 0, 1),
-    gives=named(Status.NO_ROW, Status.NO_ROW),
-  ),
-  row(
-    "rewind: more than is stored, less than nothing",
-    lambda: rewind(busy(), {0: 7, 1: -1}),
-    gives=named(Status.INVALID, Status.INVALID, Status.OK, Status.OK),
-  ),
-  row(
-    "rewind: a row that holds no sequence",
-    lambda: rewind(busy(), {3: 1}),
-    gives=named(Status.OK, Status.OK, Status.OK, Status.INACTIVE),
-  ),
-  row(
-    "finish: rows that hold no sequence",
-    lambda: (small.finish(busy(), small.mask(2, 3)), None),
-    note="nothing happens",
-  ),
-  row(
-    "finish: the same row twice",
-    lambda: finish_twice(busy()),
-    gives=True,
-    note="the second time nothing happens",
-  ),
-  row(
-    "evict: a negative number of blocks",
-    lambda: evict(busy(), -1),
-    gives=0,
-  ),
-  row(
-    "evict: the smallest number there is",
-    lambda: evict(busy(), INT_MIN),
-    gives=0,
-  ),
-  row(
-    "evict: more than is cached",
-    lambda: evict(busy(), INT_MAX),
-    gives=0,
-    note="what rows hold stays",
-  ),
-  row(
-    "export_sequences: rows that hold no sequence, sequences that are too long",
-    lambda: export(busy(), 3, -1, 0, max_len=5),
-    gives=([False, False, False], [0, 0, 0]),
-    note="marked as not valid, and empty",
-  ),
-  row(
-    "import_sequences: what no export made valid",
-    lambda: import_nothing(busy()),
-    gives=named(Status.INVALID, Status.INVALID),
-  ),
-]
-
-USES = [*TRACED, *REFUSED]
