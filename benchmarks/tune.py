@@ -3,10 +3,10 @@
 `make tune`, or `PYTHONPATH=. python -m benchmarks.tune`. For every class of shapes one
 setting after another is tried, and kept where calls become faster; what is better than
 the rules of the kernels goes into the table that is installed with them, by kind of
-device (`pallas_kernels.paged_attention.tuning`). The table is written after each
-improvement, so a run may be cut short, and `--kernel` and `--only` go on with others. A
+device (`pallas_kernels.paged_attention.tuning`). A search begins with what is in the
+table, if that is still better than the rules, and the table is written after each
+improvement: a run may be cut short, and `--kernel` and `--only` go on with others. A
 setting that hangs, or takes its process down, ends the search of its kernel and class.
-What is in the table does not count while it is made.
 """
 
 import argparse
@@ -123,16 +123,20 @@ def _group(spec: ArgSpec) -> int:
 
 
 def search(
-  times: Callable[[Sequence[Changes]], Sequence[float]], choices: Choices
+  times: Callable[[Sequence[Changes]], Sequence[float]],
+  choices: Choices,
+  start: Changes,
 ) -> Iterator[tuple[Changes, float]]:
   """Tries one setting after another, and keeps what is faster.
 
   Args:
     times: Seconds under each of some changes to the settings; infinite if it cannot be.
     choices: Values of each setting.
+    start: Changes to begin with, if they are faster than none.
 
   Yields:
-    After each setting, the best changes so far and the share of time that they save.
+    At first, and after each setting, the best changes so far and the share of time that
+    they save.
 
   Raises:
     RuntimeError: It cannot be without changes, so nothing can be compared.
@@ -142,8 +146,14 @@ def search(
   if not math.isfinite(first):
     raise RuntimeError("the kernel fails as it is")
   least = first
-  for field, values in choices.items():
-    trials = [{**best, field: value} for value in values]
+
+  def rounds() -> Iterator[list[Changes]]:
+    if start:
+      yield [start]
+    for field, values in choices.items():
+      yield [{**best, field: value} for value in values]
+
+  for trials in rounds():
     for trial, seconds in zip(trials, times(trials), strict=True):
       if seconds < least * (1 - LEAST_GAIN):
         best, least = trial, seconds
@@ -281,7 +291,7 @@ def jobs(sizes: Sizes, *, kernel: str = "", only: str = "") -> list[Job]:
   ]
 
 
-def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
+def work(send: Send, is_dry: bool, todo: Sequence[Job], table: tuning.Table) -> None:
   """Sends what is best of each job, and `(job, why it ended)`."""
   if not is_dry and (why := why_not_here()) is not None:
     send(why)
@@ -296,8 +306,9 @@ def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
       specs, is_decode = classes(sizes.specs)[name], kernel.endswith("split")
       batches = list(_batches(specs, sizes, is_decode=is_decode))
       case = Case(kernel, batches, sizes, begin)
-      for changes, gain in search(case.times, sizes.choices[kernel]):
-        on = device.kind()
+      on = device.kind()
+      start = table.get(on, {}).get(kernel, {}).get(name, {})
+      for changes, gain in search(case.times, sizes.choices[kernel], start):
         send(Found(device=on, kernel=kernel, name=name, changes=changes, gain=gain))
       send(((kernel, name), "done"))
     except Exception as problem:
@@ -305,14 +316,23 @@ def work(send: Send, is_dry: bool, todo: Sequence[Job]) -> None:
       send(((kernel, name), f"{type(problem).__name__}: {problem}"[:500]))
 
 
-def tune(todo: Sequence[Job], *, is_dry: bool, seconds: float) -> Iterator[Found]:
-  """Yields improvements of everything that can be served, until the time is up."""
+def tune(
+  todo: Sequence[Job], table: tuning.Table, *, is_dry: bool, seconds: float
+) -> Iterator[Found]:
+  """Yields what is best of everything that can be served, until the time is up.
+
+  Args:
+    todo: What is to be tuned.
+    table: What was found before.
+    is_dry: Whether kernels are interpreted.
+    seconds: The time.
+  """
   end, left = time.monotonic() + seconds, list(todo)
   while left and (rest := end - time.monotonic()) > 0:
     print(f"{left[0][0]}, {left[0][1]}", flush=True)
     last = ""
     try:
-      for message in watch(work, is_dry, left, seconds=rest):
+      for message in watch(work, is_dry, left, table, seconds=rest):
         if isinstance(message, Begun):
           last = message.name[-1]
         elif isinstance(message, Found):
@@ -365,7 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
     TINY if options.dry_run else FULL, kernel=options.kernel, only=options.only
   )
   is_written = False
-  for found in tune(todo, is_dry=options.dry_run, seconds=60 * options.minutes):
+  seconds = 60 * options.minutes
+  for found in tune(todo, table, is_dry=options.dry_run, seconds=seconds):
     print(f"  {dict(found.changes) or 'as it is'}, {found.gain:.0%} faster", flush=True)
     enter(table, found.device, found.kernel, found.name, found.changes)
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", "utf-8")

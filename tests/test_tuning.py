@@ -94,7 +94,7 @@ def test_the_search_keeps_what_is_faster_and_no_noise():
     time -= 0.5 * (changes.get("num_warps") == 8)
     return time - 0.001 * (changes.get("num_stages") == 2)  # noise
 
-  found = list(tune.search(lambda trials: list(map(seconds, trials)), choices))
+  found = list(tune.search(lambda trials: list(map(seconds, trials)), choices, {}))
   assert [changes for changes, _ in found] == [
     {"tile_kv": 32},
     {"tile_kv": 32},
@@ -104,9 +104,25 @@ def test_the_search_keeps_what_is_faster_and_no_noise():
   assert len(tried) == 1 + 3 + 2 + 2
 
 
+@pytest.mark.parametrize(
+  ("start", "found"),
+  [
+    ({"num_warps": 8}, [{"num_warps": 8}, {"num_warps": 8, "tile_kv": 32}]),
+    ({"num_warps": 2}, [{}, {"tile_kv": 32}]),  # no better than the rules any more
+  ],
+)
+def test_the_search_begins_with_what_was_found_before(start, found):
+  def seconds(changes):
+    return 1.0 - 0.5 * (changes.get("num_warps") == 8) - 0.1 * ("tile_kv" in changes)
+
+  choices = {"tile_kv": (32,)}
+  search = tune.search(lambda trials: list(map(seconds, trials)), choices, start)
+  assert [changes for changes, _ in search] == found
+
+
 def test_nothing_is_better_than_what_fails():
   with pytest.raises(RuntimeError, match="fails as it is"):
-    next(tune.search(lambda trials: [math.inf] * len(trials), {"tile_kv": (16,)}))
+    next(tune.search(lambda trials: [math.inf] * len(trials), {"tile_kv": (16,)}, {}))
 
 
 def test_a_class_is_tuned_on_its_widest_group_too():
@@ -172,7 +188,7 @@ def test_programs_of_trials_are_those_of_their_settings():
   assert seen == [{"tile_kv": 16}, {"tile_kv": 32}]
 
 
-def hang_at_the_first(send, is_dry, todo):
+def hang_at_the_first(send, is_dry, todo, table):
   """Work that hangs at what it is given first, unless that is the last of all."""
   for kernel, name in todo:
     changes = {"tile_kv": 32}
@@ -186,13 +202,13 @@ def hang_at_the_first(send, is_dry, todo):
 def test_a_setting_that_hangs_ends_its_search_and_loses_nothing(monkeypatch, capsys):
   monkeypatch.setattr(tune, "work", hang_at_the_first)
   todo = [("triton split", "a"), ("triton split", "b")]
-  found = list(tune.tune(todo, is_dry=True, seconds=60.0))
+  found = list(tune.tune(todo, {}, is_dry=True, seconds=60.0))
   assert [x.name for x in found] == ["a", "b"]
   assert "{'num_stages': 7}: hung: killed after 0 s" in capsys.readouterr().out
 
 
 def test_what_there_is_no_time_for_is_said(capsys):
-  assert list(tune.tune([("triton split", "a")], is_dry=True, seconds=0.0)) == []
+  assert list(tune.tune([("triton split", "a")], {}, is_dry=True, seconds=0.0)) == []
   assert "triton split, a: left out" in capsys.readouterr().out
 
 
