@@ -62,7 +62,8 @@ def attend(
   at, place = locate(config, layer, group)
   spec, store = config.groups[at].layer, ctx.kv[at]
   if spec.sliding_window is not None:
-    sliding_window = sliding_window or spec.sliding_window
+    if sliding_window is None:
+      sliding_window = spec.sliding_window
     if sliding_window > spec.sliding_window:
       raise ValueError(
         f"sliding_window={sliding_window} is wider than what the layer keeps,"

@@ -50,7 +50,9 @@ def invariants(ctx: Context) -> dict[str, Array]:
   safe = jnp.clip(tables, 0, config.num_blocks - 1)
   held["table entries are in range"] = jnp.all(safe == tables)
   held["tables are dense"] = jnp.all((tables > 0) == used)
-  counts = jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(int))
+  counts = (
+    jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(jnp.int32))
+  )
   held["ref_counts equal the table entries naming each block"] = jnp.all(
     (counts == refs) & (usable | (refs == 0))
   )
@@ -201,7 +203,9 @@ def _window_invariants(ctx: Context, window: WindowBlocks) -> dict[str, Array]:
   held["tables are in range and dense from their first block on"] = jnp.all(
     (safe == window.block_tables) & ((safe > 0) == used)
   )
-  counts = jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(int))
+  counts = (
+    jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(jnp.int32))
+  )
   held["ref_counts equal the table entries naming each block"] = jnp.all(counts == refs)
   needed = windows.first_needed(window, table.seq_lens)
   held["rows hold what their next token needs"] = jnp.all(window.first_blocks <= needed)

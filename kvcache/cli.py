@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # `--help` and mistakes in the arguments do not wait for the 
   from kvcache.models import Loaded
 
 _OK, _FAILED, _MISUSED, _INTERRUPTED = 0, 1, 2, 130
+_WEIGHTS_DTYPES = ("float32", "bfloat16", "float16")
 _KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 _DEFAULT_POOL_BYTES = 2 * 2**30
 _PROMPTS_FOLDERS = (
@@ -168,9 +169,9 @@ def _add_plan(commands: Any) -> None:
   plan.add_argument("--memory", required=True, metavar="SIZE", help="80GB, 64GiB")
   plan.add_argument(
     "--weights-dtype",
-    choices=("float32", "bfloat16", "float16"),
+    choices=_WEIGHTS_DTYPES,
     default="bfloat16",
-    help="element type of the weights",
+    help="element type of the weights, as loaded; bfloat16 if omitted",
   )
   plan.add_argument(
     "--kv-dtype",
@@ -215,9 +216,15 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
   add("--num-blocks", int, None, "blocks in the pool, the reserved one included")
   add("--block-size", int, 16, "tokens in a block")
   parser.add_argument(
+    "--weights-dtype",
+    choices=_WEIGHTS_DTYPES,
+    default="float32",
+    help="element type of the weights; float32 if omitted, which CPUs want",
+  )
+  parser.add_argument(
     "--kv-dtype",
     choices=_KV_DTYPES,
-    help="element type of keys and values; the model's if omitted",
+    help="element type of keys and values; the weights' if omitted",
   )
   add("--token-budget", int, 256, "tokens computed in a step with prompts")
 
@@ -261,7 +268,7 @@ def _generate(options: argparse.Namespace) -> int:
   progress = ProgressLine(sys.stderr, enabled=not options.quiet)
   try:
     progress.show("loading the model")
-    loaded = _load(options.model)
+    loaded = _load(options.model, options.weights_dtype)
     encoded = [_encode(loaded, prompt, options) for prompt in prompts]
     config = _configure(options, loaded, prompts, encoded)
     _cache_programs()
@@ -381,11 +388,11 @@ def _check_output(path: str | None) -> None:
     raise CommandError(f"cannot write {path}")
 
 
-def _load(path: str | None) -> "Loaded":
+def _load(path: str | None, dtype: str) -> "Loaded":
   from kvcache import models
 
   try:
-    loaded = models.load(path)
+    loaded = models.load(path, dtype=dtype)
   except models.LoadError as error:
     raise CommandError(error) from error
   except Exception as error:  # a damaged file can fail anywhere

@@ -8,6 +8,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -58,9 +59,12 @@ class AttentionLayer:
       object.__setattr__(self, "v_head_dim", self.head_dim)
     if self.dtype is not None:
       object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
-    _check_positive(self, "num_kv_heads", "head_dim", "v_head_dim")
+    settle_ints(self, "num_kv_heads", "head_dim", "v_head_dim")
     if self.sliding_window is not None:
-      _check_positive(self, "sliding_window")
+      settle_ints(self, "sliding_window")
+    if self.shared_with is not None:
+      settle_ints(self, "shared_with", least=0)
+    _check_bool(self, "is_latent")
     if self.is_latent and self.v_dim > self.head_dim:
       raise ValueError(
         f"v_head_dim must be at most head_dim={self.head_dim} where values are the"
@@ -99,8 +103,8 @@ class RecurrentLayer:
   """What one recurrent layer keeps per sequence: arrays of fixed shape.
 
   Attributes:
-    state: Name of each array -> its shape, or a `jax.ShapeDtypeStruct` for another
-      dtype than float32. Kept as a sorted tuple of pairs.
+    state: Name of each array -> its shape, or a `jax.ShapeDtypeStruct` or array like it
+      for another dtype than float32. Kept as a sorted tuple of pairs.
 
   Example:
     >>> mamba = kv.RecurrentLayer.mamba2(num_heads=2, head_dim=4, state_size=8)
@@ -111,9 +115,9 @@ class RecurrentLayer:
   state: Mapping[str, Any] | tuple[tuple[str, jax.ShapeDtypeStruct], ...]
 
   def __post_init__(self):
+    if not isinstance(self.state, Mapping | tuple) or not self.state:
+      raise ValueError(f"state must name shapes of arrays, got {self.state!r}")
     arrays = {name: _state_array(name, value) for name, value in self.arrays.items()}
-    if not arrays:
-      raise ValueError("state must name at least one array")
     object.__setattr__(self, "state", tuple(sorted(arrays.items())))
 
   def __repr__(self) -> str:
@@ -262,12 +266,14 @@ class CacheConfig:
       raise ValueError(f"layers must name all layers of the model, got {self.layers!r}")
     object.__setattr__(self, "layers", tuple(self.layers))
     axes = (self.head_axes,) if isinstance(self.head_axes, str) else self.head_axes
+    if not isinstance(axes, Sequence) or not all(isinstance(x, str) for x in axes):
+      raise ValueError(f"head_axes must be names of mesh axes, got {axes!r}")
     object.__setattr__(self, "head_axes", tuple(axes))
     object.__setattr__(self, "dtype", _kv_dtype(self.dtype))
-    _check_positive(
-      self, "block_size", "max_seqs", "max_seq_len", "chunk_size", "index_ways"
-    )
-    _check_positive(self, "snapshot_interval")
+    settle_ints(self, "num_blocks", "block_size", "max_seqs", "max_seq_len")
+    settle_ints(self, "chunk_size", "index_ways", "snapshot_interval")
+    settle_ints(self, "max_drafts", least=0)
+    _check_bool(self, "scrub")
     if not self.layers:
       raise ValueError("layers must name at least one layer")
     for layer in self.layers:
@@ -284,19 +290,10 @@ class CacheConfig:
     if self.num_snapshots is None:
       num = self.max_seqs if self.num_recurrent_layers else 0
       object.__setattr__(self, "num_snapshots", num)
-    elif not isinstance(self.num_snapshots, int) or self.num_snapshots < 0:
-      raise ValueError(
-        f"num_snapshots must be a non-negative int, got {self.num_snapshots!r}"
-      )
-    elif self.num_snapshots and not self.num_recurrent_layers:
+    settle_ints(self, "num_snapshots", least=0)
+    if self.num_snapshots and not self.num_recurrent_layers:
       raise ValueError("num_snapshots is given, but no layer is recurrent")
-    if not isinstance(self.max_drafts, int) or self.max_drafts < 0:
-      raise ValueError(
-        f"max_drafts must be a non-negative int, got {self.max_drafts!r}"
-      )
-    if not isinstance(self.scrub, bool):
-      raise ValueError(f"scrub must be True or False, got {self.scrub!r}")
-    if not isinstance(self.num_blocks, int) or self.num_blocks < 2:
+    if self.num_blocks < 2:
       raise ValueError(
         f"num_blocks must be at least 2 (block {NULL_BLOCK} is reserved),"
         f" got {self.num_blocks!r}"
@@ -328,7 +325,7 @@ class CacheConfig:
   def _check_window_blocks(self) -> None:
     if self.num_window_blocks is None:
       return
-    _check_positive(self, "num_window_blocks")
+    settle_ints(self, "num_window_blocks")
     if not self.windows:
       raise ValueError("num_window_blocks is given, but no layer has a sliding window")
     for window in self.windows:
@@ -373,6 +370,8 @@ class CacheConfig:
       raise ValueError("from_memory computes num_blocks; pass num_bytes only")
     if not isinstance(num_bytes, int | float | np.integer | np.floating):
       raise ValueError(f"num_bytes must be a number, such as 8e9, got {num_bytes!r}")
+    if not math.isfinite(num_bytes):
+      raise ValueError(f"num_bytes must be finite, got {num_bytes}")
     layers = tuple(layers)
     if state_fraction is not None:
       sizes |= _state_sizes(num_bytes, layers, state_fraction, sizes)
@@ -514,29 +513,32 @@ class CacheConfig:
     )
 
 
-def _kv_dtype(dtype: DTypeLike) -> np.dtype:
+def _kv_dtype(dtype: DTypeLike | None) -> np.dtype:
   """The dtype, if keys and values can be stored in it."""
   try:
-    dtype = np.dtype(dtype)
+    found = np.dtype("V" if dtype is None else dtype)
   except TypeError as error:
     raise ValueError(f"dtype must be one such as 'bfloat16': {error}") from error
-  if dtype in _QUANTISED:
-    return dtype
-  if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+  if found in _QUANTISED:
+    return found
+  if not jnp.issubdtype(found, jnp.floating) or found.itemsize not in (2, 4):
     raise ValueError(
-      "dtype must be a floating type of at least 16 bits, int8 or float8_e4m3fn, got"
-      f" {dtype}"
+      "dtype must be a floating type of 16 or 32 bits, int8 or float8_e4m3fn, got"
+      f" {dtype if dtype is None else found}"
     )
-  return dtype
+  return found
 
 
 def _state_array(name: str, value: Any) -> jax.ShapeDtypeStruct:
   """Shape and dtype of one array of a recurrent state."""
-  if not isinstance(value, jax.ShapeDtypeStruct):
-    value = jax.ShapeDtypeStruct(tuple(value), jnp.float32)
-  if not all(isinstance(size, int) and size > 0 for size in value.shape):
-    raise ValueError(f"state {name!r} must have positive sizes, got {value.shape}")
-  return value
+  shape = getattr(value, "shape", value)
+  dtype = np.dtype(getattr(value, "dtype", np.float32))
+  is_shape = isinstance(shape, Sequence) and not isinstance(shape, str)
+  if not is_shape or not all(isinstance(x, int | np.integer) and x > 0 for x in shape):
+    raise ValueError(f"state {name!r} must be a shape of positive sizes, got {shape!r}")
+  if dtype.itemsize > 4:
+    raise ValueError(f"state {name!r} must be of at most 32 bits, got {dtype}")
+  return jax.ShapeDtypeStruct(tuple(map(int, shape)), dtype)
 
 
 def _bytes_per_state(layers: tuple[Layer, ...]) -> int:
@@ -567,8 +569,18 @@ def _state_sizes(
   return {"max_seqs": max_seqs, "num_snapshots": num_snapshots}
 
 
-def _check_positive(config: object, *names: str) -> None:
+def settle_ints(config: object, *names: str, least: int = 1) -> None:
+  """Makes fields of a frozen dataclass ints, also of numpy's; `ValueError` else."""
   for name in names:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} must be a positive int, got {value!r}")
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_int or value < least:
+      kind = "positive" if least else "non-negative"
+      raise ValueError(f"{name} must be a {kind} int, got {value!r}")
+    object.__setattr__(config, name, int(value))
+
+
+def _check_bool(config: object, name: str) -> None:
+  value = getattr(config, name)
+  if not isinstance(value, bool):
+    raise ValueError(f"{name} must be True or False, got {value!r}")

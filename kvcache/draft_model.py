@@ -19,7 +19,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 from kvcache import ragged, sampling, sharding, stepping
-from kvcache.config import CacheConfig
+from kvcache.config import CacheConfig, settle_ints
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.printing import Node
@@ -62,8 +62,7 @@ class DraftModel(Node, kw_only=True):
   def __post_init__(self):
     if callable(self.model) and not isinstance(self.model, jax.tree_util.Partial):
       object.__setattr__(self, "model", jax.tree_util.Partial(self.model))
-    if isinstance(self.num_drafts, bool) or self.num_drafts < 1:
-      raise ValueError(f"num_drafts must be a positive int, got {self.num_drafts!r}")
+    settle_ints(self, "num_drafts", "chunk_size")
     least = _NUM_BEHIND * self.config.max_seqs
     if self.chunk_size < least:
       raise ValueError(

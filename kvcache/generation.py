@@ -18,7 +18,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import checkpoint, lifecycle, observe, sampling, sharding
+from kvcache import checkpoint, observe, rows_of_others, sampling, sharding
 from kvcache import requests as rq
 from kvcache.context import as_context, Context
 from kvcache.errors import Status
@@ -131,8 +131,8 @@ def generate(
     model: The model. If it owns arrays make it a `jax.tree_util.Partial`, so that they
       are arguments of the compiled loop and not constants in it.
     ctx: The context. It is donated: use the one returned. Rows that belong to none of
-      these requests stay as they are; requests that cannot go on because of what they
-      hold end as `"refused"`, for want of a row or of blocks.
+      these requests stay as they are; a request that cannot go on because of what they
+      hold ends as `"refused"`, for want of a row or of blocks.
     prompts: Lists of token ids.
     max_new_tokens: As in `make_requests`, like the following ones.
     sampling_params: How tokens are chosen.
@@ -143,11 +143,13 @@ def generate(
     scheduler: Static settings of the loop.
     slice_steps: Model steps per slice; nothing reaches the host in between.
     on_slice: Called after each slice; raise in it to stop. As `ctx` was donated,
-      `Slice.ctx` is then the context to go on with.
+      `Slice.ctx` is then what is left of it, with rows of requests that were running:
+      `kvcache.reset(ctx, keep_prefix=True)` ends them.
     drafter: As in `serve`. Its state goes from slice to slice, and is not saved.
     checkpoints: Folder to which context and requests are saved after each slice. If it
       holds a checkpoint of the same prompts, the work goes on from there, with the
-      same bits: a process that dies loses one slice of work at most.
+      same bits, and with the saved context instead of `ctx`: a process that dies loses
+      one slice of work at most.
     history: Samples to keep of how memory and requests were doing; `Slice.history` has
       them. It begins anew when work goes on from a checkpoint.
     progress: Whether to show a line of progress on stderr, if that is a terminal or a
@@ -209,22 +211,23 @@ def generate(
         scheduler=scheduler,
         sampler=sampler,
       )
-    if checkpoints is not None:
-      with _annotate("checkpoint"):
-        checkpoint.save_checkpoint(checkpoints, ctx, requests)
     with _annotate("collect"):
       host = jax.device_get(requests.replace(settings=None))
-      is_over = host.status == RequestStatus.FINISHED
-      if host.num_steps < num_steps + slice_steps and not is_over.all():
-        ctx, host = _refuse_open(ctx, host)
-        is_over = host.status == RequestStatus.FINISHED
+      ends_early = host.num_steps < num_steps + slice_steps
+      if ends_early and not np.all(host.status == RequestStatus.FINISHED):
+        # Rows of others are in the way of the first, and it in that of the others.
+        ctx, requests = _refuse_first(ctx, requests, scheduler)
+        host = jax.device_get(requests.replace(settings=None))
       num_steps = int(host.num_steps)
       finished = [
         _completion(host, prompts, i)
-        for i in map(int, np.flatnonzero(is_over))
+        for i in map(int, np.flatnonzero(host.status == RequestStatus.FINISHED))
         if i not in reported
       ]
       reported |= {completion.request_id: completion for completion in finished}
+    if checkpoints is not None:
+      with _annotate("checkpoint"):
+        checkpoint.save_checkpoint(checkpoints, ctx, requests)
     if on_slice is None and not line.enabled:
       continue
     with _annotate("report"):
@@ -258,30 +261,13 @@ def generate(
   return ctx, [reported[i] for i in range(len(prompts))]
 
 
-def _refuse_open(ctx: Context, host: Any) -> tuple[Context, Any]:
-  """Ends requests that cannot go on: sequences of others are in the way."""
-  is_open = host.status != RequestStatus.FINISHED
-  status = Status.NO_BLOCKS
-  for why in (WaitReason.NO_WINDOW_BLOCKS, WaitReason.NO_ROW):
-    if why in host.wait_reason[is_open]:
-      status = Status[why.name]
-  rows = np.arange(ctx.config.max_seqs, dtype=np.int32)
-  ctx = _finish(ctx, np.isin(rows, host.seq_ids[is_open]))
-  return ctx, host.replace(
-    status=np.where(is_open, RequestStatus.FINISHED, host.status),
-    finish_reason=np.where(is_open, FinishReason.REFUSED, host.finish_reason),
-    refusals=np.where(is_open, status, host.refusals),
-    wait_reason=np.where(is_open, WaitReason.NONE, host.wait_reason),
-  )
-
-
 def _annotate(name: str) -> jax.profiler.TraceAnnotation:
   """A span on the host's line of a profile, which Perfetto shows."""
   return jax.profiler.TraceAnnotation(f"kvcache.{name}")
 
 
 _stats = jax.jit(observe.stats)
-_finish = jax.jit(lifecycle.finish, donate_argnums=0)
+_refuse_first = jax.jit(rows_of_others.refuse_first, donate_argnums=(0, 1))
 _init_drafter = jax.jit(lambda drafter: drafter.init())
 
 

@@ -18,6 +18,7 @@ from kvcache.models.errors import LoadError
 from kvcache.models.loading import load_config
 from kvcache.models.presets import PRESETS
 from kvcache.models.weights import ModelConfig, weight_shapes
+from kvcache.observe import text
 
 _UNITS = {"": 1} | {
   f"{prefix}{suffix}": base**power
@@ -128,7 +129,7 @@ class MemoryPlan:
     """Returns the plan as lines of text."""
     config = self.config
     lines = [
-      f"{self.name}: {self.num_weights / 1e9:.2f} billion weights in"
+      f"{self.name}: {_weights(self.num_weights)} in"
       f" {self.weights_dtype}, keys and values in {np.dtype(config.dtype).name}",
       "",
       _row("memory", self.num_bytes),
@@ -224,9 +225,10 @@ def make_plan(
   reserved = int(num_bytes * reserve)
   room = num_bytes - reserved - weight_bytes
   if room <= 0:
+    weights, memory, kept = map(text.num_bytes, (weight_bytes, num_bytes, reserved))
     raise ValueError(
-      f"{name}: weights take {_gib(weight_bytes)} of {_gib(num_bytes)},"
-      f" {_gib(reserved)} of which are reserved: nothing is left for a cache"
+      f"{name}: weights take {weights} of {memory}, {kept} of which are reserved:"
+      " nothing is left for a cache"
     )
   sizes = dict(
     block_size=block_size,
@@ -275,9 +277,12 @@ def _fit(model: ModelConfig, room: int, sizes: dict[str, Any]) -> CacheConfig:
   )
 
 
-def _gib(num_bytes: int) -> str:
-  return f"{num_bytes / 2**30:.2f} GiB"
+def _row(name: str, size: int) -> str:
+  return f"  {name:<26}{size:>16,}  {text.num_bytes(size):>12}"
 
 
-def _row(name: str, num_bytes: int) -> str:
-  return f"  {name:<26}{num_bytes:>16,}  {num_bytes / 2**30:9.2f} GiB"
+def _weights(num: int) -> str:
+  for word, unit in (("billion", 1e9), ("million", 1e6)):
+    if num >= unit:
+      return f"{num / unit:.2f} {word} weights"
+  return f"{num:,} weights"

@@ -149,8 +149,14 @@ class Requests(Node, kw_only=True):
     """`C`."""
     return self.tokens.shape[-1]
 
+  def _index(self, index: int) -> int:
+    if self.tokens.ndim != 2:
+      raise ValueError(f"requests are a batch of {self.tokens.shape[:-2]}: pick one")
+    return range(self.num_requests)[index]
+
   def waited(self, index: int) -> dict[WaitReason, int]:
     """Steps that a request waited so far, by reason; call it outside `jax.jit`."""
+    index = self._index(index)
     since = int(self.num_steps) - int(self.num_scheduled)
     steps = np.asarray(self.num_waited[index]).copy()
     steps[int(self.wait_reason[index])] += since
@@ -158,6 +164,7 @@ class Requests(Node, kw_only=True):
 
   def explain(self, index: int) -> str:
     """Tells in words what became of a request and why it waited."""
+    index = self._index(index)
     status = RequestStatus(int(self.status[index]))
     text = f"request {index}: {status.name.lower()}"
     reason = FinishReason(int(self.finish_reason[index]))

@@ -14,6 +14,7 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 from kvcache import arguments, context, lifecycle, ragged, stepping, windows
+from kvcache.config import settle_ints
 from kvcache.context import Context
 from kvcache.errors import Status
 from kvcache.printing import Node
@@ -75,13 +76,9 @@ class SchedulerConfig:
   preemption: Policy | None = None
 
   def __post_init__(self):
-    for name in ("token_budget", "max_admissions"):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    mark = self.watermark
-    if mark is not None and (not isinstance(mark, int) or mark < 0):
-      raise ValueError(f"watermark must be a non-negative int, got {mark!r}")
+    settle_ints(self, "token_budget", "max_admissions")
+    if self.watermark is not None:
+      settle_ints(self, "watermark", least=0)
     if not callable(self.admission):
       raise ValueError(f"admission must be a policy, got {self.admission!r}")
     if not callable(self.preemption or self.admission):
@@ -124,9 +121,9 @@ def schedule(
   requests = _count_waits(requests)
   ctx, requests = _release_finished(context.publish(ctx), requests)
   ctx, requests, shortage = _preempt(ctx, requests, scheduler)
-  order = _order(policy, ctx, requests)
+  order = order_by(policy, ctx, requests)
   ctx, requests, is_stalled = _admit(ctx, requests, scheduler, order, shortage)
-  order = _order(policy, ctx, requests)
+  order = order_by(policy, ctx, requests)
   ctx, requests, plan = _share_budget(ctx, requests, scheduler, order)
   return ctx, requests, plan.replace(is_stalled=is_stalled)
 
@@ -224,19 +221,7 @@ def _release_finished(ctx: Context, requests: Requests) -> tuple[Context, Reques
   return ctx, requests
 
 
-def send_back_rowless(ctx: Context, requests: Requests) -> Requests:
-  """Lets requests wait whose rows are gone, as after `reset`."""
-  rows = jnp.clip(requests.seq_ids, 0, ctx.config.max_seqs - 1)
-  has_row = (requests.seq_ids == rows) & ctx.sequences.is_active[rows]
-  is_lost = (requests.status == RequestStatus.RUNNING) & ~has_row
-  waiting = jnp.int32(RequestStatus.WAITING)
-  return requests.replace(
-    status=jnp.where(is_lost, waiting, requests.status),
-    seq_ids=jnp.where(is_lost, -1, requests.seq_ids),
-  )
-
-
-def _order(policy: Policy, ctx: Context, requests: Requests) -> Array:
+def order_by(policy: Policy, ctx: Context, requests: Requests) -> Array:
   """Calls a policy, and refuses what is no order `[Q]`; `ValueError`."""
   order = policy(ctx, requests)
   return arguments.as_int32("the policy's order", order, shape=(requests.num_requests,))
@@ -258,7 +243,7 @@ def _preempt(
     live = batch.is_live
     decodes = live & (batch.lengths - ctx.sequences.seq_lens == 1)
     # Without a decoding row the first of the prompts must be able to go on.
-    first = _row_order(_order(policy, ctx, requests), batch, live)[0]
+    first = _row_order(order_by(policy, ctx, requests), batch, live)[0]
     row = jnp.arange(live.shape[0], dtype=jnp.int32)
     must = jnp.where(jnp.any(decodes), decodes, live & (row == first))
     return ragged.sum_int(needs_block(ctx, must)), live
@@ -274,7 +259,7 @@ def _preempt(
     batch = running(ctx, requests)
     live = batch.is_live
     at = jnp.minimum(batch.request_ids, requests.num_requests - 1)
-    rank = jnp.where(live, _order(policy, ctx, requests)[at], _FIRST)
+    rank = jnp.where(live, order_by(policy, ctx, requests)[at], _FIRST)
     victim = jnp.argmax(rank).astype(jnp.int32)
     row = jnp.arange(live.shape[0], dtype=jnp.int32)
     ctx = lifecycle.finish_published(ctx, live & (row == victim))

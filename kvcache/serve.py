@@ -13,7 +13,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from kvcache import context, ragged, sampling, sharding, stepping
+from kvcache import context, ragged, rows_of_others, sampling, sharding, stepping
 from kvcache import requests as rq
 from kvcache import scheduler as sch
 from kvcache.context import Context
@@ -207,12 +207,11 @@ def step(
   Args:
     model: `model(tokens [T], metadata, ctx) -> (logits [S, vocab], ctx)`.
     ctx: The context.
-    requests: The requests.
+    requests: The requests, new or of the step before.
     scheduler: Static settings.
     sampler: How tokens are chosen.
   """
   with jax.named_scope("schedule"):
-    requests = sch.send_back_rowless(context.as_context(ctx), requests)
     ctx, requests, plan = sch.schedule(ctx, requests, scheduler)
     batch = sch.running(ctx, requests)
   ctx, requests, batch = _mixed_step(
@@ -316,9 +315,10 @@ def serve(
   Args:
     model: `model(tokens [T], metadata, ctx) -> (logits [S, vocab], ctx)`.
     ctx: The context. Rows that belong to none of these requests stay as they are. If
-      nothing can go on because of what they hold, `serve` ends with requests that wait.
-    requests: The requests, new or half served. What `ctx` holds no row of any more is
-      computed again.
+      the first request cannot go on because of what they hold, nor can those behind it:
+      `serve` ends with requests that wait.
+    requests: The requests, new or half served. Those whose rows `ctx` does not hold any
+      more, token for token, are computed again.
     scheduler: Static settings.
     sampler: How tokens are chosen.
     max_steps: `[]` int32. Stop after this many model steps; call again to go on. It
@@ -361,7 +361,7 @@ def serve(
       f"history must be a History, from make_history, got {type(history).__name__}"
     )
   sch.check_budget(ctx, scheduler)
-  requests = sch.send_back_rowless(ctx, requests)
+  requests = rows_of_others.send_back_rowless(ctx, requests)
   reach = 1 if drafter is None else 1 + drafter.num_drafts  # tokens of a decode step
   if ctx.state_rows is not None and reach > 1 + ctx.config.max_drafts:
     raise ValueError(

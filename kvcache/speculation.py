@@ -15,6 +15,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from kvcache.config import settle_ints
 from kvcache.requests import Batch, Requests
 from kvcache.sampling import Sampler
 
@@ -71,10 +72,7 @@ class PromptLookup:
   ngram: int = 2
 
   def __post_init__(self):
-    for name in ("num_drafts", "ngram"):
-      value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    settle_ints(self, "num_drafts", "ngram")
 
   def init(self) -> tuple[()]:
     """There is nothing to remember."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 from jax import Array
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -214,13 +215,9 @@ def locate(
   num_groups = len(config.groups)
   if group is not None and not 0 <= group < num_groups:
     raise ValueError(f"group must be from 0 to {num_groups - 1}, got {group}")
-  if isinstance(layer, int | np.integer):
-    if not 0 <= layer < config.num_layers:
-      raise ValueError(
-        f"layer must be the index of one of {config.num_layers} attention layers, got"
-        f" {layer}"
-      )
-    found, place = config.places[layer]
+  index = _known_index(layer, config.num_layers, "attention")
+  if index is not None:
+    found, place = config.places[index]
     if group not in (None, found):
       raise ValueError(f"layer {layer} is in group {found}, got group={group}")
     return found, jnp.int32(place)
@@ -229,10 +226,23 @@ def locate(
       f"group must be given with a traced layer where there are {num_groups} groups of"
       " attention layers"
     )
-  layer = jnp.asarray(layer, jnp.int32)
   places = [place for _, place in config.places]
   is_in_order = places == list(range(config.num_layers))
+  layer = jnp.asarray(layer, jnp.int32)
   return group or 0, layer if is_in_order else jnp.asarray(places, jnp.int32)[layer]
+
+
+def _known_index(layer: ArrayLike, num_layers: int, kind: str) -> int | None:
+  """A layer's index among those of a kind, None if traced; `ValueError` if wrong."""
+  arguments.as_int32("layer", layer, shape=())
+  if isinstance(layer, Tracer):
+    return None
+  index = int(np.asarray(layer))
+  if not 0 <= index < num_layers:
+    raise ValueError(
+      f"layer must be the index of one of {num_layers} {kind} layers, got {index}"
+    )
+  return index
 
 
 def locate_state(config: CacheConfig, layer: ArrayLike) -> Array:
@@ -241,11 +251,7 @@ def locate_state(config: CacheConfig, layer: ArrayLike) -> Array:
   Raises:
     ValueError: There is no such layer.
   """
-  num_layers = config.num_recurrent_layers
-  if isinstance(layer, int | np.integer) and not 0 <= layer < num_layers:
-    raise ValueError(
-      f"layer must be the index of one of {num_layers} recurrent layers, got {layer}"
-    )
+  _known_index(layer, config.num_recurrent_layers, "recurrent")
   return jnp.asarray(layer, jnp.int32)
 
 
@@ -275,10 +281,10 @@ def write_kv(
   config = ctx.config
   at, place = locate(config, layer, group)
   spec = config.groups[at].layer
-  if isinstance(layer, int | np.integer):
-    owner = config.attention_layers[layer].shared_with
-    if owner is not None:
-      raise ValueError(f"layer {layer} reads the keys and values of layer {owner}")
+  index = _known_index(layer, config.num_layers, "attention")
+  owner = None if index is None else config.attention_layers[index].shared_with
+  if owner is not None:
+    raise ValueError(f"layer {index} reads the keys and values of layer {owner}")
   store = ctx.kv[at]
   shape = (metadata.num_tokens, store.num_heads)
   if k.shape != (*shape, spec.head_dim):
@@ -301,6 +307,8 @@ def view_of(
   config: CacheConfig, group: int, metadata: StepMetadata
 ) -> StepMetadata | WindowView:
   """Where a step's tokens stand in the pool of a group."""
+  if len(metadata.windows) != len(config.windows):
+    raise ValueError("metadata is of a context with other layers")
   window = config.groups[group].layer.sliding_window
   return metadata if window is None else metadata.windows[config.windows.index(window)]
 
@@ -311,7 +319,9 @@ def call_model(
   """Computes a step's tokens: `(logits, ctx)`, whole on every device.
 
   Raises:
-    ValueError: What the model returned cannot come of this step.
+    ValueError: What the model returned cannot come of this step: among others a context
+      in which a group of layers, or a recurrent state, is the very array that it was
+      before. (What was not written is not noticed where the model is jitted by itself.)
   """
   result = model(tokens, metadata, ctx)
   match result:
@@ -328,13 +338,33 @@ def call_model(
       f"the model must return floating logits [{wanted}, vocab], one for each of"
       f" metadata.logits_indices, got {logits.dtype}{list(logits.shape)}"
     )
-  before, written = (jax.tree.leaves((x.kv, x.states)) for x in (ctx, after))
-  if all(old is new for old, new in zip(before, written, strict=False)):
+  if _types(ctx) != _types(after):
+    raise ValueError("the model returned a context of other shapes, dtypes or sizes")
+  pairs = zip(_written(ctx), _written(after), strict=True)
+  unwritten = [name for (name, old), (_, new) in pairs if old is new]
+  if unwritten:
     raise ValueError(
-      "the model wrote no keys, values or states into the context that it returned:"
+      f"the model returned a context in which {' and '.join(unwritten)} are unwritten:"
       " return the one that write_kv, write_state or recurrent.step_* gave you"
     )
   return sharding.gather_logits(metadata.head_axes, logits), after
+
+
+def _types(ctx: Context) -> tuple[object, ...]:
+  leaves, structure = jax.tree.flatten(ctx)
+  return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _written(ctx: Context) -> list[tuple[str, Array]]:
+  """What every step writes, with its name."""
+  groups = zip(ctx.config.groups, ctx.kv, strict=True)
+  parts = [
+    (f"keys and values of layers {', '.join(map(str, group.members))}", store.k)
+    for group, store in groups
+  ]
+  if ctx.states is not None:
+    parts += [(f"states {name!r}", x) for name, x in ctx.states.arrays.items()]
+  return parts
 
 
 def read_state(

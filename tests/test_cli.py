@@ -88,7 +88,7 @@ def server(monkeypatch):
   loaded = types.SimpleNamespace(
     model=None, config=config, tokenizer=Letters(), stop_tokens=(0,), source="fake"
   )
-  monkeypatch.setattr("kvcache.models.load", lambda path: loaded)
+  monkeypatch.setattr("kvcache.models.load", lambda path, dtype: loaded)
   monkeypatch.setattr("kvcache.nn.as_function", lambda model: model)
   monkeypatch.setattr(cli, "check_invariants", lambda ctx: None)
   server = Server()
@@ -294,7 +294,7 @@ def test_files_that_cannot_be_read(capsys, server, tmp_path):
     (["--block-size", "0"], "block_size must be a positive int, got 0"),
     (["--block-size", "-16"], "block_size must be a positive int, got -16"),
     (["--num-blocks", "1"], "num_blocks must be at least 2"),
-    (["--num-blocks", "-5"], "num_blocks must be at least 2"),
+    (["--num-blocks", "-5"], "num_blocks must be a positive int"),
     (["--num-blocks", str(2**40)], "num_blocks"),
     (["--token-budget", "0"], "token_budget must be a positive int, got 0"),
     (["--token-budget", "1"], "token_budget must be at least the sequences"),
@@ -327,7 +327,7 @@ def test_prompts_too_long_for_pool_or_model(capsys, server):
 
 def test_models_that_cannot_be_loaded(capsys, server, monkeypatch, tmp_path):
   def fail(error):
-    def load(path):
+    def load(path, dtype):
       raise error
 
     monkeypatch.setattr("kvcache.models.load", load)
@@ -338,7 +338,7 @@ def test_models_that_cannot_be_loaded(capsys, server, monkeypatch, tmp_path):
   told = refusal(capsys, "generate", "a", "--model", "x.gguf")
   assert told == "cannot load x.gguf: OverflowError('a\\nb')"
   server.loaded.tokenizer = None
-  monkeypatch.setattr("kvcache.models.load", lambda path: server.loaded)
+  monkeypatch.setattr("kvcache.models.load", lambda path, dtype: server.loaded)
   assert refusal(capsys, "generate", "a") == "fake has no tokenizer"
 
 
@@ -411,7 +411,7 @@ def test_interrupt_ends_at_once_with_one_line():
     "import signal, sys, threading, kvcache.cli\n"
     # A shell starts background jobs with this signal ignored.
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "def load(path):\n"
+    "def load(path, dtype):\n"
     "  print('loading', flush=True)\n"
     "  threading.Event().wait()\n"
     "kvcache.cli._load = load\n"

@@ -33,7 +33,7 @@ FLOORS = (
   {"lifecycle", "stepping"},
   {"attention", "recurrent", "checks", "observe", "requests", "sampling"},
   {"handoff", "terminal"},
-  {"scheduler", "speculation", "draft_model"},
+  {"scheduler", "rows_of_others", "speculation", "draft_model"},
   {"serve", "search"},
   {"checkpoint"},
   {"generation"},

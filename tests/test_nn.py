@@ -40,6 +40,30 @@ def test_functions_of_modules_can_be_pickled_and_copied():
   np.testing.assert_array_equal(twin(x), run(x))
   assert jax.tree.structure(twin) == jax.tree.structure(run)
   assert jax.tree.structure(copy.deepcopy(run)) == jax.tree.structure(run)
+  assert repr(run) == "Partial(call_module, 1 array of 6 elements)"
+  with pytest.raises(ValueError, match=r"must be an nnx\.Module, got function"):
+    as_function(lambda x: x)
+
+
+def test_layers_can_be_scanned_where_there_are_several_groups():
+  sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "rngs": nnx.Rngs(0)}
+  layer = PagedAttention(8, **sizes)
+  kept = [
+    kvcache.AttentionLayer(num_kv_heads=1, head_dim=4, sliding_window=window)
+    for window in (None, 4)
+  ]
+  config = kvcache.CacheConfig(layers=(*kept, *kept), num_blocks=8, max_seqs=2)
+  ctx, _ = kvcache.extend(kvcache.init(config), jnp.zeros(2, jnp.int32))
+  metadata = kvcache.step_metadata(ctx, jnp.zeros(2, jnp.int32))
+
+  def call(at, group):
+    return layer(normal(2, 8), at, metadata, ctx, group=group)[0]
+
+  run = jax.jit(call, static_argnums=1)
+  for at in range(4):
+    assert run(jnp.int32(at), at % 2).shape == (2, 8)
+  with pytest.raises(ValueError, match="group must be given with a traced layer"):
+    run(jnp.int32(0), None)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

@@ -145,7 +145,7 @@ def test_other_sizes_are_refused(text):
 @pytest.mark.parametrize(
   ("name", "memory", "options", "message"),
   [
-    ("llama-3.1-70b", 80e9, {}, "weights take 131.42 GiB of 74.51 GiB"),
+    ("llama-3.1-70b", 80e9, {}, "weights take 131.4 GiB of 74.51 GiB"),
     ("llama-3-8b", 80e9, {"reserve": 1.0}, "reserve"),
     ("llama-3-8b", 17.9e9, {"block_size": 2048}, "cannot hold the null block"),
     ("llama-3-8b", 80e9, {"max_seqs": 0}, "max_seqs"),

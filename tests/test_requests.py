@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,17 @@ def test_stop_tokens_may_be_arrays(as_array):
   lists = [as_array([7]), as_array([]), [8, 9], [1]]
   for_each = make_requests(PROMPTS, max_new_tokens=1, stop_tokens=lists)
   assert for_each.stop_tokens.tolist() == [[7, -1], [-1, -1], [8, 9], [1, -1]]
+
+
+def test_there_is_nothing_to_tell_of_requests_that_do_not_exist():
+  requests = make_requests(PROMPTS, max_new_tokens=1)
+  assert requests.explain(-1).startswith("request 3: waiting")
+  for ask in (requests.explain, requests.waited):
+    with pytest.raises(IndexError):
+      ask(4)
+  batch = jax.tree.map(lambda x: x[None], requests)
+  with pytest.raises(ValueError, match=r"requests are a batch of \(1,\)"):
+    batch.explain(0)
 
 
 def test_prompts_may_be_arrays():

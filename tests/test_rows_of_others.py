@@ -102,6 +102,37 @@ def test_generate_refuses_what_others_are_in_the_way_of(lengths, status):
   assert status.is_transient
 
 
+def test_only_who_is_in_the_way_is_refused():
+  """The first in the queue is too long; those behind it are not."""
+  prompts = [list(range(1, 25)), [9, 8, 7], [5] * 4]
+  _, (long, *short) = generate_among([60], prompts, [30, 4, 4])
+  want = toy.expected(prompts[1:], [4, 4], max_tokens_per_seq=64)
+  assert long.finish_reason == "refused" and long.status == Status.NO_BLOCKS
+  assert [one.tokens for one in short] == [one.tokens for one in want]
+
+
+def test_each_is_told_what_it_lacks_itself():
+  """One row is left: a request lacks blocks in it, and the other one the row."""
+  prompts = [list(range(1, 17)), [9, 8, 7]]
+  _, (long, short) = generate_among([3, 3, 3, 3, 40], prompts, [48, 2])
+  assert (long.finish_reason, long.status) == ("refused", Status.NO_BLOCKS)
+  assert (short.finish_reason, len(short.tokens)) == ("length", 2)
+
+
+def test_a_row_that_somebody_else_has_got_is_not_taken_for_ones_own():
+  prompts = [[1, 2, 3], [5] * 9]
+  asked = CROWDED.requests(prompts, 6)
+  ctx, requests = CROWDED.serve(kvcache.init(CROWDED.sizes), asked, 3)
+  rows = requests.seq_ids[:2].tolist()
+  assert rows == [0, 1] and (requests.status[:2] == RequestStatus.RUNNING).all()
+  before = with_others(CROWDED, [5, 40, 4])
+  ctx, requests = CROWDED.serve(before, requests)
+  kvcache.check_invariants(ctx)
+  assert ctx.sequences.seq_lens.tolist()[:4] == [5, 40, 4, 0]
+  params = [SamplingParams()] * 2
+  assert_results(requests, CROWDED.expected(prompts, 6, params=params))
+
+
 def test_generate_keeps_what_a_request_had_before_it_could_not_go_on():
   prompt = [1, 2, 3]
   _, (done,) = generate_among([60, 27], [prompt], 30)

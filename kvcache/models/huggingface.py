@@ -240,6 +240,10 @@ def config_from_huggingface(
     )
   except KeyError as error:
     raise LoadError(f"{source}: config.json has no {error}") from error
+  except LoadError:
+    raise
+  except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    raise LoadError(f"{source}: config.json makes no sense: {error}") from error
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
@@ -391,6 +395,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise LoadError(f"{path.parent} has no {path.name}")
   try:
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
   except ValueError as error:
     raise LoadError(f"{path} is not valid JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise LoadError(f"{path} must hold a JSON object")
+  return content

@@ -37,11 +37,14 @@ def load(
       layer's weights out of the stack in every step (see `kvcache.models.llama`).
 
   Raises:
+    ValueError: `dtype` is no floating type.
     LoadError: In one line: the path does not exist, is neither kind of checkpoint, is
       damaged or truncated, has an unsupported architecture, or misses tensors; the Hub
       cannot be reached, or has no such model for you; or an optional dependency is not
       installed.
   """
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype must be a floating type, got {dtype}")
   found = find_checkpoint(demo_path() if path is None else path)
   loader = load_huggingface if found.is_dir() else load_gguf
   loaded = loader(found, dtype=dtype, scan_layers=scan_layers)

@@ -95,6 +95,7 @@ class PagedAttention(nnx.Module):
     ctx: Context,
     *,
     rotation: tuple[jax.Array, jax.Array] | None = None,
+    group: int | None = None,
   ) -> tuple[jax.Array, Context]:
     """Attends, and stores the keys and values of the step.
 
@@ -106,6 +107,8 @@ class PagedAttention(nnx.Module):
       ctx: The cache.
       rotation: Cosines and sines of the step's positions, if the caller computed them
         once for all layers; default `rotary(metadata.positions)`.
+      group: Index in `ctx.config.groups`, only for a traced layer where there are
+        several.
 
     Returns:
       `[T, features]` and the cache with this layer's keys and values written.
@@ -120,7 +123,7 @@ class PagedAttention(nnx.Module):
       if rotation is None:
         rotation = self.rotary(metadata.positions)
       q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
-    ctx = write_kv(ctx, layer, k, v, metadata)
+    ctx = write_kv(ctx, layer, k, v, metadata, group=group)
     attended = attend(
       ctx,
       layer,
@@ -129,6 +132,7 @@ class PagedAttention(nnx.Module):
       sm_scale=self.sm_scale,
       sliding_window=self.sliding_window,
       logits_soft_cap=self.logits_soft_cap,
+      group=group,
     )
     out = self.out(attended.astype(x.dtype).reshape(num_tokens, -1))
     return sharding.sum_parts(metadata.head_axes, out), ctx

@@ -12,6 +12,8 @@ from flax import nnx
 import jax
 from jax.tree_util import Partial
 
+from kvcache.printing import count, Node
+
 
 def as_function(module: nnx.Module) -> Partial:
   """Returns a callable that does what `module` does and owns its arrays as leaves.
@@ -27,10 +29,25 @@ def as_function(module: nnx.Module) -> Partial:
 
   Returns:
     A `jax.tree_util.Partial` with the call signature of `module`.
+
+  Raises:
+    ValueError: It is no module.
   """
+  if not isinstance(module, nnx.Module):
+    raise ValueError(f"module must be an nnx.Module, got {type(module).__name__}")
   graph, state = nnx.split(module)
   arrays, structure = jax.tree.flatten(state)
-  return Partial(_call_of(graph, structure), arrays)
+  return Partial(_call_of(graph, structure), _Weights(arrays=arrays))
+
+
+class _Weights(Node, kw_only=True):
+  """The arrays of a module, in a line when printed."""
+
+  arrays: list[jax.Array]
+
+  def __repr__(self) -> str:
+    num = sum(getattr(array, "size", 0) for array in self.arrays)
+    return f"{count(len(self.arrays), 'array')} of {count(num, 'element')}"
 
 
 class _CallModule:
@@ -39,9 +56,12 @@ class _CallModule:
   def __init__(self, graph: nnx.GraphDef[Any], structure: Any):
     self.graph, self.structure = graph, structure
 
-  def __call__(self, arrays: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
-    module = nnx.merge(self.graph, jax.tree.unflatten(self.structure, arrays))
-    return module(*args, **kwargs)
+  def __call__(self, weights: _Weights, *args: Any, **kwargs: Any) -> Any:
+    state = jax.tree.unflatten(self.structure, weights.arrays)
+    return nnx.merge(self.graph, state)(*args, **kwargs)
+
+  def __repr__(self) -> str:
+    return "call_module"
 
   def __reduce__(self) -> tuple[Any, ...]:
     return _call_of, (self.graph, self.structure)

@@ -113,6 +113,7 @@ class LatentAttention(nnx.Module):
     ctx: Context,
     *,
     rotation: tuple[jax.Array, jax.Array] | None = None,
+    group: int | None = None,
   ) -> tuple[jax.Array, Context]:
     """Attends, and stores the latents and rotated keys of the step.
 
@@ -122,6 +123,7 @@ class LatentAttention(nnx.Module):
       metadata: What the step computes, from `step_metadata`.
       ctx: The cache, made for layers like `cache_layer()`.
       rotation: As in `PagedAttention`.
+      group: As in `PagedAttention`.
 
     Returns:
       `[T, features]` and the cache with this layer's latents written.
@@ -131,13 +133,13 @@ class LatentAttention(nnx.Module):
     latent, k_rope = jnp.split(self.kv_down(x), (self.kv_lora_rank,), axis=-1)
     latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]  # one kv head
     k = jnp.concatenate([latent, apply_rotary(k_rope, rotation)], axis=-1)
-    ctx = write_kv(ctx, layer, k, None, metadata)
+    ctx = write_kv(ctx, layer, k, None, metadata, group=group)
 
     q = self._queries(x)
     q_nope, q_rope = jnp.split(q, (self.nope_head_dim,), axis=-1)
     q_latent = _per_head("thn,hnr->thr", q_nope, self.k_up[...])
     q = jnp.concatenate([q_latent, apply_rotary(q_rope, rotation)], axis=-1)
-    attended = attend(ctx, layer, q, metadata, sm_scale=self.sm_scale)
+    attended = attend(ctx, layer, q, metadata, sm_scale=self.sm_scale, group=group)
     heads = _per_head("thr,hvr->thv", attended.astype(x.dtype), self.v_up[...])
     return self.out(heads.reshape(x.shape[0], -1)), ctx
 

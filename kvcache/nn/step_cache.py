@@ -76,7 +76,12 @@ class StepCache(Node, kw_only=True):
 
 
 def attend_with(
-  module: nnx.MultiHeadAttention, x: jax.Array, layer: ArrayLike, cache: StepCache
+  module: nnx.MultiHeadAttention,
+  x: jax.Array,
+  layer: ArrayLike,
+  cache: StepCache,
+  *,
+  group: int | None = None,
 ) -> tuple[jax.Array, StepCache]:
   """Does what a Flax attention module does, with a paged cache instead of its own.
 
@@ -86,8 +91,9 @@ def attend_with(
   Args:
     module: The module; neither `decode` nor `init_cache` matters.
     x: `[..., features]`, with the step's tokens before the features.
-    layer: `[]` int32, index among the attention layers.
+    layer: `[]` int32, index among the attention layers. May be traced.
     cache: The cache.
+    group: Index in `config.groups`, only for a traced layer where there are several.
 
   Returns:
     `[..., out_features]`, and the cache after.
@@ -104,5 +110,5 @@ def attend_with(
   q, k, v = module.query(x), module.key(x), module.value(x)
   if module.query_ln is not None and module.key_ln is not None:
     q, k = module.query_ln(q), module.key_ln(k)
-  out, cache = cache.attend(layer, q, k, v)
+  out, cache = cache.attend(layer, q, k, v, group=group)
   return module.out(out), cache

@@ -161,6 +161,8 @@ def map_blocks(ctx: Context) -> BlockMap:
   Raises:
     ValueError: The context is traced, donated, batched, or holds no arrays.
   """
+  if not isinstance(ctx, Context):
+    raise ValueError(f"ctx must be a Context, got {type(ctx).__name__}")
   reason = obstacle(ctx)
   if reason is not None:
     raise ValueError(f"ctx cannot be read on the host: {reason}")
@@ -170,7 +172,7 @@ def map_blocks(ctx: Context) -> BlockMap:
 
 def as_block_map(value: Context | BlockMap) -> BlockMap:
   """A block map, of a context if it is not one already."""
-  return map_blocks(value) if isinstance(value, Context) else value
+  return value if isinstance(value, BlockMap) else map_blocks(value)
 
 
 def count_bins(kinds: np.ndarray, num_bins: int) -> np.ndarray:

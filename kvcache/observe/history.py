@@ -56,6 +56,8 @@ class History(Node, kw_only=True):
     `tokens_per_step`, `new_preemptions` and `new_evicted`; and `hit_rate`, the share of
     all prompt tokens so far that were cached. Call it outside `jax.jit`.
     """
+    if self.samples.ndim != 2:
+      raise ValueError(f"history is a batch of {self.samples.shape[:-2]}: pick one")
     num, samples = int(self.num_samples), np.asarray(self.samples)
     order = np.arange(max(0, num - self.size), num) % self.size
     table = samples[order].astype(np.int64)

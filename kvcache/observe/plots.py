@@ -76,8 +76,10 @@ def plot_history(history: History, *, figure: "Figure | None" = None) -> "Figure
 
   Raises:
     ImportError: matplotlib is not installed.
-    ValueError: The history has no samples.
+    ValueError: It is no history, or one without samples.
   """
+  if not isinstance(history, History):
+    raise ValueError(f"history must be a History, got {type(history).__name__}")
   series = history.series()
   step = series["step"]
   if not step.size:

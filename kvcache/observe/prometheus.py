@@ -44,7 +44,7 @@ _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 def prometheus_text(
-  stats: Stats, *, prefix: str = "kvcache", labels: Mapping[str, str] | None = None
+  stats: Stats, *, prefix: str = "kvcache", labels: Mapping[str, object] | None = None
 ) -> str:
   """Formats stats for a `/metrics` page. Counters start anew after `reset`.
 
@@ -54,20 +54,23 @@ def prometheus_text(
     labels: Put on every sample.
 
   Raises:
-    ValueError: The prefix or a label has a name that Prometheus does not allow.
+    ValueError: These are no stats of one context, or the prefix or a label has a name
+      that Prometheus does not allow.
   """
+  if not isinstance(stats, Stats) or np.ndim(stats.num_sequences):
+    raise ValueError("stats must be the Stats of one context, from kvcache.stats")
   if not _NAME.fullmatch(prefix):
     raise ValueError(f"prefix={prefix!r} is not a metric name")
-  labels = dict(labels or {})
-  for label in labels:
+  told = {label: str(value) for label, value in (labels or {}).items()}
+  for label in told:
     if not _LABEL.fullmatch(label) or label.startswith("__") or label == "window":
       raise ValueError(f"label {label!r} is not allowed")
   lines: list[str] = []
   for field, (name, text) in _GAUGES.items():
-    samples = _samples(getattr(stats, field), labels)
+    samples = _samples(getattr(stats, field), told)
     lines += _metric(f"{prefix}_{name}", "gauge", text, samples)
   for field, (name, text) in _COUNTERS.items():
-    samples = _samples(getattr(stats.counters, field), labels)
+    samples = _samples(getattr(stats.counters, field), told)
     lines += _metric(f"{prefix}_{name}_total", "counter", text, samples)
   return "\n".join(lines) + "\n"
 

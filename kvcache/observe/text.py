@@ -36,10 +36,11 @@ def sizes(config: CacheConfig) -> str:
   ]
   for group in config.groups:
     layer, num = group.layer, group.num_layers
-    window = "" if layer.sliding_window is None else f"window {layer.sliding_window} "
+    window = layer.sliding_window
     parts.append(
-      f"{count(num, f'{window}attention layer')}"
+      f"{count(num, 'attention layer')}"
       f" {layer.num_kv_heads}x{layer.head_dim} {layer.kv_dtype}"
+      + ("" if window is None else f" with window {window}")
     )
   if config.num_recurrent_layers:
     num = config.num_recurrent_layers

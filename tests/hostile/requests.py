@@ -79,6 +79,13 @@ def model_of(shape, dtype=jnp.float32):
   return lambda tokens, metadata, ctx: (jnp.zeros(shape, dtype), ctx)
 
 
+def stateless(tokens, metadata, ctx):
+  x = jnp.zeros((tokens.size, 1, 2))
+  for layer in range(2):
+    ctx = kvcache.write_kv(ctx, layer, x, x, metadata)
+  return jnp.zeros((metadata.logits_indices.size, 8)), ctx
+
+
 def three_layers():
   shape = LlamaConfig(
     vocab_size=8,
@@ -253,7 +260,19 @@ USES: list[WrongUse] = [
   refused(
     "serve: a model that returns the context it was given",
     lambda: trace(model_of((2, toy.VOCAB))),
-    "the model wrote no keys, values or states into the context that it returned",
+    "a context in which keys and values of layers 0, 1 are unwritten: return the one",
+  ),
+  refused(
+    "serve: a hybrid that forgets its states",
+    lambda: jax.eval_shape(
+      functools.partial(kvcache.serve, stateless, scheduler=SCHEDULER), hybrid(), make()
+    ),
+    "a context in which states 'sum' are unwritten",
+  ),
+  refused(
+    "serve: a model that returns a context of other sizes",
+    lambda: trace(lambda *args: (toy.model(*args)[0], hybrid())),
+    "the model returned a context of other shapes, dtypes or sizes",
   ),
   refused(
     "serve: a model that returns the context first",

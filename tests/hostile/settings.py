@@ -94,7 +94,7 @@ USES: list[WrongUse] = [
     "a fraction of a block",
     lambda: config(num_blocks=8.5),
     raises=ValueError,
-    message="num_blocks must be at least 2 .*, got 8.5",
+    message="num_blocks must be a positive int, got 8.5",
   ),
   row(
     "blocks of no token",
@@ -124,13 +124,25 @@ USES: list[WrongUse] = [
     "keys and values in int32",
     lambda: config(dtype="int32"),
     raises=ValueError,
-    message="dtype must be a floating type of at least 16 bits, int8 or float8_e4m3fn",
+    message="dtype must be a floating type of 16 or 32 bits, int8 or float8_e4m3fn",
   ),
   row(
     "one layer, not a tuple of layers",
     lambda: config(layers=LAYER),
     raises=ValueError,
     message="layers must name all layers of the model, got AttentionLayer",
+  ),
+  row(
+    "keys and values in float64",
+    lambda: config(dtype="float64"),
+    raises=ValueError,
+    message="dtype must be a floating type of 16 or 32 bits, .* got float64",
+  ),
+  row(
+    "head_axes that are no names",
+    lambda: config(head_axes=3),
+    raises=ValueError,
+    message="head_axes must be names of mesh axes, got 3",
   ),
   row(
     "a dtype that nobody knows",
@@ -143,6 +155,12 @@ USES: list[WrongUse] = [
     lambda: kvcache.init((LAYER,)),
     raises=ValueError,
     message="config must be a CacheConfig, got tuple",
+  ),
+  row(
+    "from_memory: no number of bytes",
+    lambda: CacheConfig.from_memory(NAN, layers=[LAYER]),
+    raises=ValueError,
+    message="num_bytes must be finite, got nan",
   ),
   row(
     "from_memory: bytes in words",
@@ -184,7 +202,13 @@ USES: list[WrongUse] = [
     "a state without arrays",
     lambda: RecurrentLayer(state={}),
     raises=ValueError,
-    message="state must name at least one array",
+    message="state must name shapes of arrays, got {}",
+  ),
+  row(
+    "a state of half a number",
+    lambda: RecurrentLayer(state={"sum": (1.5,)}),
+    raises=ValueError,
+    message=r"state 'sum' must be a shape of positive sizes, got \(1.5,\)",
   ),
   row(
     "snapshots where nothing recurs",

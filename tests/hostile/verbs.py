@@ -193,6 +193,32 @@ USES: list[WrongUse] = [
     message="layer must be the index of one of 2 attention layers, got 2",
   ),
   row(
+    "write_kv: a layer that does not exist, as an array",
+    lambda: write(layer=jnp.int32(7)),
+    raises=ValueError,
+    message="layer must be the index of one of 2 attention layers, got 7",
+  ),
+  row(
+    "write_kv: between two layers",
+    lambda: write(layer=0.5),
+    raises=ValueError,
+    message=r"layer must be integers, got float32\[\]",
+  ),
+  row(
+    "attend: a window of no token",
+    lambda: kvcache.attend(
+      hybrid(), 1, jnp.zeros((4, 1, 2)), hybrid_view(), sliding_window=0
+    ),
+    raises=ValueError,
+    message="sliding_window must be at least 1, got 0",
+  ),
+  row(
+    "attend: metadata of a context with other layers",
+    lambda: kvcache.attend(hybrid(), 0, jnp.zeros((16, 1, 2)), metadata()),
+    raises=ValueError,
+    message="metadata is of a context with other layers",
+  ),
+  row(
     "write_kv: a negative layer",
     lambda: write(layer=-1),
     raises=ValueError,
