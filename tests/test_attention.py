@@ -264,6 +264,8 @@ def counter(monkeypatch, *, max_blocks, decode):
     paged_attention(q, pool, pool, tables, lengths, starts, max_query_len=max_query_len)
     return counts.pop()
 
+  # Not as it is compiled for eager callers, which would trace it apart.
+  monkeypatch.setattr(xla, "paged_attention", xla.paged_attention.__wrapped__)
   monkeypatch.setattr(xla, "lax", types.SimpleNamespace(while_loop=while_loop))
   return jax.jit(run)
 
@@ -287,7 +289,9 @@ def test_the_longest_live_row_decides_the_number_of_rounds(
     assert count(small.ints([250, 3]), small.ints([0, 0])) == 0
 
 
-def test_a_round_does_the_same_work_for_wider_tables():
+def test_a_round_does_the_same_work_for_wider_tables(monkeypatch):
+  monkeypatch.setattr(xla, "paged_attention", xla.paged_attention.__wrapped__)
+
   def sizes(max_blocks):
     batch = Batch(2, chunks=CHUNKS)
     wide = jnp.zeros((S, max_blocks), jnp.int32)

@@ -112,6 +112,8 @@ def test_a_window_costs_a_window(monkeypatch, window, rounds):
     counts.append(int(count))
     return state
 
+  # Not as it is compiled for eager callers, which would trace it apart.
+  monkeypatch.setattr(xla, "paged_attention", xla.paged_attention.__wrapped__)
   monkeypatch.setattr(xla, "lax", types.SimpleNamespace(while_loop=while_loop))
   pool = jnp.ones((300, 1, BLOCK, 2))
   table = jnp.arange(1, 251, dtype=jnp.int32)[None]

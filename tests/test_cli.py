@@ -88,11 +88,16 @@ def server(monkeypatch):
   loaded = types.SimpleNamespace(
     model=None, config=config, tokenizer=Letters(), stop_tokens=(0,), source="fake"
   )
-  monkeypatch.setattr("kvcache.models.load", lambda path, dtype: loaded)
+
+  def load(path, dtype):
+    server.dtypes.append(dtype)
+    return loaded
+
+  monkeypatch.setattr("kvcache.models.load", load)
   monkeypatch.setattr("kvcache.nn.as_function", lambda model: model)
   monkeypatch.setattr(cli, "check_invariants", lambda ctx: None)
   server = Server()
-  server.loaded = loaded
+  server.loaded, server.dtypes = loaded, []
   monkeypatch.setattr(cli, "generate", server)
   return server
 
@@ -145,7 +150,7 @@ def test_options_reach_the_loop(capsys, server):
     *("generate", "a", "b", "--max-new-tokens", 5, "--temperature", 0.5, "--top-k", 3),
     *("--top-p", 0.9, "--min-p", 0.1, "--seed", 2**32 - 1, "--max-seqs", 2),
     *("--num-blocks", 9, "--block-size", 4, "--token-budget", 7),
-    *("--kv-dtype", "int8"),
+    *("--kv-dtype", "int8", "--weights-dtype", "bfloat16"),
   )
   call, config = server.call, server.call["ctx"].config
   assert call["prompts"] == [[97], [98]]
@@ -159,6 +164,7 @@ def test_options_reach_the_loop(capsys, server):
   assert call["scheduler"].token_budget == 7
   assert config.attention_layers[0].kv_dtype == jnp.int8
   assert call["stop_tokens"] == (0,)
+  assert server.dtypes == ["bfloat16"]
   run(capsys, "generate", "a", "--ignore-eos")
   assert call is not server.call
   assert server.call["stop_tokens"] == ()

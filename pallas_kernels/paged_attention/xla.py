@@ -7,6 +7,9 @@ of every sum depends on a row's own length alone: a row's bits do not depend on 
 neighbours.
 """
 
+import functools
+
+import jax
 from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,13 @@ _TILE_KV = 128
 _TILE_Q = 16
 
 
+# Compiled once where it is called outside `jax.jit`: its loop's body is a new function
+# in each call, which XLA would compile anew.
+@functools.partial(
+  jax.jit,
+  static_argnames=("max_query_len", "is_causal", "sliding_window", "v_head_dim"),
+  inline=True,
+)
 def paged_attention(
   q: Array,
   k: Array,

@@ -9,6 +9,7 @@ rounds as there are chunks works it off, so that padding costs nothing.
 A step over a pool of states gathers those it reads and scatters those it writes.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -146,6 +147,11 @@ def step_ssd(
   return y, _scatter(pool, layer, state, write_ids)
 
 
+# Compiled once where it is called outside `jax.jit`: the body of its loop is a new
+# function in each call, which XLA would compile anew.
+@functools.partial(
+  jax.jit, static_argnames=("chunk_size", "num_states", "is_decode"), inline=True
+)
 def _recurrence(
   x: Array,
   dt: Array,
