@@ -114,7 +114,8 @@ def as_context(ctx: object) -> Context:
   """Returns the context, with arrays of JAX if it has numpy's (`jax.device_get`).
 
   Raises:
-    ValueError: It is no context, such as its configuration, or a batch of several.
+    ValueError: It is no context, such as its configuration, or holds shapes only, or a
+      batch of several.
     RuntimeError: It was donated.
   """
   if not isinstance(ctx, Context):
@@ -127,6 +128,8 @@ def as_context(ctx: object) -> Context:
       "Array has been deleted: ctx was donated to an earlier call; go on with the"
       " context that it returned"
     )
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    raise ValueError("ctx holds shapes only: call this in jax.eval_shape")
   if batch := getattr(ctx.pool.num_free, "shape", ()):
     raise ValueError(
       f"ctx is a batch {batch} of contexts: call this in jax.vmap, or pick one with"

@@ -366,6 +366,12 @@ USES: list[WrongUse] = [
     message=r"ctx is a batch \(2,\) of contexts: call this in jax.vmap",
   ),
   row(
+    "any verb: the shapes of a context",
+    lambda: kvcache.stats(jax.eval_shape(lambda: busy())),
+    raises=ValueError,
+    message="ctx holds shapes only: call this in jax.eval_shape",
+  ),
+  row(
     "any verb: a context in numpy's arrays",
     use_numpy,
     gives=named(Status.OK),
