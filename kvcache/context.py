@@ -110,7 +110,15 @@ class Context(Node, kw_only=True):
     return _VIEWS["html"](self)
 
 
-def as_context(ctx: object) -> Context:
+def check_context(ctx: object) -> None:
+  """Refuses what is no context, such as its configuration; `ValueError`."""
+  if not isinstance(ctx, Context):
+    raise ValueError(
+      f"ctx must be a Context, as kvcache.init makes it, got {type(ctx).__name__}"
+    )
+
+
+def as_context(ctx: Context) -> Context:
   """Returns the context, with arrays of JAX if it has numpy's (`jax.device_get`).
 
   Raises:
@@ -118,10 +126,7 @@ def as_context(ctx: object) -> Context:
       batch of several.
     RuntimeError: It was donated.
   """
-  if not isinstance(ctx, Context):
-    raise ValueError(
-      f"ctx must be a Context, as kvcache.init makes it, got {type(ctx).__name__}"
-    )
+  check_context(ctx)
   leaves = jax.tree.leaves(ctx)
   if printing.obstacle(leaves) == "donated":
     raise RuntimeError(

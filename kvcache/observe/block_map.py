@@ -16,7 +16,7 @@ import numpy as np
 from kvcache import printing
 from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig, NULL_STATE
-from kvcache.context import Context
+from kvcache.context import check_context, Context
 from kvcache.observe.palette import Kind, LOOKS
 from kvcache.publishing import Tables
 
@@ -161,8 +161,7 @@ def map_blocks(ctx: Context) -> BlockMap:
   Raises:
     ValueError: The context is traced, donated, batched, or holds no arrays.
   """
-  if not isinstance(ctx, Context):
-    raise ValueError(f"ctx must be a Context, got {type(ctx).__name__}")
+  check_context(ctx)
   reason = obstacle(ctx)
   if reason is not None:
     raise ValueError(f"ctx cannot be read on the host: {reason}")

@@ -8,7 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from kvcache import ragged
-from kvcache.context import as_context, Context, Counters
+from kvcache.context import as_context, check_context, Context, Counters
 from kvcache.prefix import PrefixIndex
 from kvcache.printing import Node
 
@@ -117,9 +117,11 @@ def events(before: Context, after: Context) -> Events:
     >>> int(kv.events(started, after).stored.sum())
     2
   """
-  before, after = as_context(before), as_context(after)
+  check_context(before)
+  check_context(after)
   if before.config != after.config:
     raise ValueError("before and after have different configurations")
+  before, after = as_context(before), as_context(after)
   return index_events(before.prefix, after.prefix)
 
 
