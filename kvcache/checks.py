@@ -50,9 +50,7 @@ def invariants(ctx: Context) -> dict[str, Array]:
   safe = jnp.clip(tables, 0, config.num_blocks - 1)
   held["table entries are in range"] = jnp.all(safe == tables)
   held["tables are dense"] = jnp.all((tables > 0) == used)
-  counts = (
-    jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(jnp.int32))
-  )
+  counts = _times_named(safe, used, refs.size)
   held["ref_counts equal the table entries naming each block"] = jnp.all(
     (counts == refs) & (usable | (refs == 0))
   )
@@ -203,9 +201,7 @@ def _window_invariants(ctx: Context, window: WindowBlocks) -> dict[str, Array]:
   held["tables are in range and dense from their first block on"] = jnp.all(
     (safe == window.block_tables) & ((safe > 0) == used)
   )
-  counts = (
-    jnp.zeros_like(refs).at[safe.reshape(-1)].add(used.reshape(-1).astype(jnp.int32))
-  )
+  counts = _times_named(safe, used, refs.size)
   held["ref_counts equal the table entries naming each block"] = jnp.all(counts == refs)
   needed = windows.first_needed(window, table.seq_lens)
   held["rows hold what their next token needs"] = jnp.all(window.first_blocks <= needed)
@@ -234,7 +230,7 @@ def _state_invariants(
   state = jnp.arange(config.num_states, dtype=jnp.int32)
   held = _pool_invariants(pool)
   own = jnp.clip(rows.state_ids, 0, config.num_states - 1)
-  times_live = jnp.zeros_like(state).at[own].add((own > 0).astype(own.dtype))
+  times_live = _times_named(own, own > 0, config.num_states)
   is_snapshot = rows.block_ids > 0
   times = _times_free(pool) + times_live + is_snapshot.astype(jnp.int32)
   held["every state is free, live in one row, or the snapshot of one block"] = jnp.all(
@@ -269,6 +265,11 @@ def _state_invariants(
     jnp.stack([jnp.all(x[:, 0] == 0) for x in jax.tree.leaves(ctx.states)])
   )
   return held
+
+
+def _times_named(ids: Array, mask: Array, num: int) -> Array:
+  """`[num]` int32: how many of the entries in `mask` name each id."""
+  return jnp.zeros(num, jnp.int32).at[ids].add(mask.astype(jnp.int32))
 
 
 def _no_twins(ctx: Context, is_cached: Array) -> Array:

@@ -131,9 +131,8 @@ def import_sequences(
   Raises:
     ValueError: The layers keep other things than those of the exporting context.
   """
-  ctx = as_context(ctx)
-  _check_layers(ctx, state)
   ctx = publish(ctx)
+  _check_layers(ctx, state)
   config, (num_seqs, max_len) = ctx.config, state.tokens.shape
   pool, table, index, live_states, window_blocks = ctx.tables
   lengths, size = state.lengths, config.block_size

@@ -273,10 +273,9 @@ def fork(ctx: Context, src: ArrayLike) -> tuple[Context, Array, Array]:
     >>> (tables[0] == tables[1]).tolist()[:3]  # two blocks are shared, one was copied
     [True, True, False]
   """
-  ctx = as_context(ctx)
+  ctx = publish(ctx)
   config = ctx.config
   src = arguments.as_int32("src", src, ndim=1)
-  ctx = publish(ctx)
   pool, table, index, live_states, window_blocks = ctx.tables
   in_range = (src >= 0) & (src < config.max_seqs)
   source = jnp.where(in_range, src, 0)

@@ -401,9 +401,6 @@ def serve(
         lacking = sch.num_snapshots_lacking(ctx, jnp.where(batch.is_live, reach, 0))
         ctx, _ = context.evict_snapshots(ctx, lacking)
     num_waiting = ragged.sum_int(requests.status == RequestStatus.WAITING)
-    is_stuck = _num_open(requests) == _num_open(state[1])
-    is_stuck &= jnp.all(plan.query_lens == 0)
-    lengths = batch.lengths
 
     def mixed(state: tuple[Context, Requests, Batch, Array]):
       ctx, requests, batch, num_run = state
@@ -441,7 +438,11 @@ def serve(
     ctx, requests, batch, drafting, _ = lax.while_loop(
       may_decode, decode, (ctx, requests, batch, state[2], num_run)
     )
-    is_stuck &= jnp.all(batch.lengths == lengths)
+    is_stuck = (
+      jnp.all(plan.query_lens == 0)
+      & (requests.num_steps == state[1].num_steps)
+      & (_num_open(requests) == _num_open(state[1]))
+    )
     requests, log = rq.store_batch(requests, batch), state[3]
     if log is not None:
       with jax.named_scope("history"):

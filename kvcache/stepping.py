@@ -215,9 +215,9 @@ def locate(
   num_groups = len(config.groups)
   if group is not None and not 0 <= group < num_groups:
     raise ValueError(f"group must be from 0 to {num_groups - 1}, got {group}")
-  index = _known_index(layer, config.num_layers, "attention")
-  if index is not None:
-    found, place = config.places[index]
+  layer = _settle_index(layer, config.num_layers, "attention")
+  if isinstance(layer, int):
+    found, place = config.places[layer]
     if group not in (None, found):
       raise ValueError(f"layer {layer} is in group {found}, got group={group}")
     return found, jnp.int32(place)
@@ -228,15 +228,14 @@ def locate(
     )
   places = [place for _, place in config.places]
   is_in_order = places == list(range(config.num_layers))
-  layer = jnp.asarray(layer, jnp.int32)
   return group or 0, layer if is_in_order else jnp.asarray(places, jnp.int32)[layer]
 
 
-def _known_index(layer: ArrayLike, num_layers: int, kind: str) -> int | None:
-  """A layer's index among those of a kind, None if traced; `ValueError` if wrong."""
-  arguments.as_int32("layer", layer, shape=())
+def _settle_index(layer: ArrayLike, num_layers: int, kind: str) -> int | Array:
+  """A layer's index among those of a kind, an int unless traced; `ValueError` else."""
+  array = arguments.as_int32("layer", layer, shape=())
   if isinstance(layer, Tracer):
-    return None
+    return array
   index = int(np.asarray(layer))
   if not 0 <= index < num_layers:
     raise ValueError(
@@ -251,8 +250,7 @@ def locate_state(config: CacheConfig, layer: ArrayLike) -> Array:
   Raises:
     ValueError: There is no such layer.
   """
-  _known_index(layer, config.num_recurrent_layers, "recurrent")
-  return jnp.asarray(layer, jnp.int32)
+  return jnp.int32(_settle_index(layer, config.num_recurrent_layers, "recurrent"))
 
 
 def write_kv(
@@ -281,10 +279,10 @@ def write_kv(
   config = ctx.config
   at, place = locate(config, layer, group)
   spec = config.groups[at].layer
-  index = _known_index(layer, config.num_layers, "attention")
-  owner = None if index is None else config.attention_layers[index].shared_with
-  if owner is not None:
-    raise ValueError(f"layer {index} reads the keys and values of layer {owner}")
+  if not isinstance(layer, Tracer):
+    owner = config.attention_layers[int(np.asarray(layer))].shared_with
+    if owner is not None:
+      raise ValueError(f"layer {layer} reads the keys and values of layer {owner}")
   store = ctx.kv[at]
   shape = (metadata.num_tokens, store.num_heads)
   if k.shape != (*shape, spec.head_dim):

@@ -27,6 +27,14 @@ def with_others(case, lengths):
   return kvcache.commit(ctx, tokens, metadata)
 
 
+def assert_alone_and_as_before(ctx, before, num, *more):
+  """The first rows are as in a table before, and no other one is left."""
+  for name in ("seq_lens", "num_blocks", "is_active", *more):
+    was, now = (np.asarray(getattr(x, name)) for x in (before, ctx.sequences))
+    np.testing.assert_array_equal(now[:num], was[:num])
+    assert not now[num:].any()  # also of requests that could not go on
+
+
 @pytest.mark.parametrize("lengths", [[9, 3], [1], [64, 10]])
 def test_rows_of_others_stay_as_they_are(lengths):
   ctx = with_others(CROWDED, lengths)
@@ -39,11 +47,7 @@ def test_rows_of_others_stay_as_they_are(lengths):
   want = CROWDED.expected(prompts, 6, params=params)
   kvcache.check_invariants(ctx)
   assert_results(requests, want)
-  num = len(lengths)
-  for name in ("seq_lens", "num_blocks", "is_active", "block_tables"):
-    was, now = (np.asarray(getattr(x, name)) for x in (before, ctx.sequences))
-    np.testing.assert_array_equal(now[:num], was[:num])
-    assert not now[num:].any()
+  assert_alone_and_as_before(ctx, before, len(lengths), "block_tables")
 
 
 @pytest.mark.parametrize(
@@ -75,11 +79,7 @@ def generate_among(lengths, prompts, max_new_tokens):
     scheduler=CROWDED.scheduler,
   )
   kvcache.check_invariants(ctx)
-  num = len(lengths)
-  for name in ("seq_lens", "num_blocks", "is_active"):
-    now = np.asarray(getattr(ctx.sequences, name))
-    np.testing.assert_array_equal(now[:num], np.asarray(getattr(was, name))[:num])
-    assert not now[num:].any()  # also of requests that could not go on
+  assert_alone_and_as_before(ctx, was, len(lengths))
   return ctx, done
 
 
