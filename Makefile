@@ -65,7 +65,7 @@ gpu: ## Check and time the kernels on this machine's GPU, with PYTHON's own jax
 	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 tune: ## Find the best settings of the kernels on this machine's GPU, and keep them
-	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.tune $(ARGS)
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu.tune $(ARGS)
 
 floor: ## Run the tests with the oldest supported jax, in .venv-floor
 	@$(VENV) .venv-floor -e '.[test]' 'jax==$(FLOOR_JAX)' 'jaxlib==$(FLOOR_JAX)'
@@ -77,11 +77,11 @@ aot: setup ## Compile kernels and loops for an H100, without one, in .venv-aot
 	PYTHON="$(PYTHON)" NO_DEPS="$(call AOT_WHEELS,$$version)" \
 	  scripts/venv.sh .venv-aot -e '.[test]' jaxlib==$$version
 	@echo "==> compiling for an H100 (about 10 minutes)"
-	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/test_aot*.py $(ARGS)
+	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/aot $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment
 	@echo "==> wheel (about a minute)"
-	@$(BIN)/python -m pytest -m wheel tests/test_wheel.py $(ARGS)
+	@$(BIN)/python -m pytest -m wheel tests/repository/test_wheel.py $(ARGS)
 
 clean: ## Remove caches and build products
 	rm -rf .cache build dist *.egg-info

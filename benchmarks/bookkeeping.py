@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from benchmarks import scenes, timing
 from benchmarks.report import Row, seconds
 import kvcache
-from kvcache import CacheConfig, Context, sampling, SchedulerConfig
+from kvcache import CacheConfig, Context, SchedulerConfig
+from kvcache.serving import sampling
 
 TITLE = "Bookkeeping of a step"
 S_SIZES = (64, 256, 1024)

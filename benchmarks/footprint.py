@@ -10,7 +10,7 @@ from benchmarks import bookkeeping, scenes
 from benchmarks.report import Row
 import kvcache
 from kvcache import AttentionLayer, CacheConfig
-from tests import hlo, programs
+from tests.aot import hlo, programs
 
 TITLE = "Footprint of a decode step"
 S, N = 16, 1 << 12

@@ -45,14 +45,6 @@ Examples in docstrings go on from here, with a step that has no model:
     >>> started = store(started, prompt[0], jnp.array([10, 0]))
 """
 
-from kvcache.attention import attend
-from kvcache.blocks import BlockPool
-from kvcache.checkpoint import (
-  has_checkpoint,
-  restore_checkpoint,
-  save_checkpoint,
-)
-from kvcache.checks import check_invariants, checked
 from kvcache.config import (
   AttentionLayer,
   CacheConfig,
@@ -71,7 +63,6 @@ from kvcache.context import (
   init,
   publish,
 )
-from kvcache.draft_model import DraftModel
 from kvcache.errors import (
   BlockOverflowError,
   CacheError,
@@ -88,16 +79,6 @@ from kvcache.errors import (
   TokenBudgetError,
   WindowOverflowError,
 )
-from kvcache.generation import Completion, generate, Slice
-from kvcache.handoff import (
-  export_sequences,
-  import_sequences,
-  offload,
-  SequenceState,
-)
-from kvcache.kv import KVStore
-from kvcache.lifecycle import Admission, admit, find, finish, fork, reset, rewind
-from kvcache.metadata import SharedPrefix, StepMetadata, WindowView
 from kvcache.observe import (
   BlockMap,
   diff,
@@ -112,23 +93,41 @@ from kvcache.observe import (
   Stats,
   stats,
 )
-from kvcache.prefix import PrefixIndex
-from kvcache.requests import (
+from kvcache.parts.blocks import BlockPool
+from kvcache.parts.kv import KVStore
+from kvcache.parts.prefix import PrefixIndex
+from kvcache.parts.sequences import SequenceTable
+from kvcache.parts.state_rows import StateRows
+from kvcache.parts.states import StateStore
+from kvcache.parts.windows import WindowBlocks
+from kvcache.serving import sampling, scheduler
+from kvcache.serving.draft_model import DraftModel
+from kvcache.serving.generation import Completion, generate, Slice
+from kvcache.serving.requests import (
   FinishReason,
   make_requests,
   Requests,
   RequestStatus,
   WaitReason,
 )
-from kvcache.sampling import SamplingParams, SamplingSettings
-from kvcache.scheduler import SchedulerConfig
-from kvcache.search import beam_search, best_of, SearchResult
-from kvcache.sequences import SequenceTable
-from kvcache.serve import serve, step
-from kvcache.speculation import Drafter, PromptLookup
-from kvcache.state_rows import StateRows
-from kvcache.states import StateStore
-from kvcache.stepping import (
+from kvcache.serving.sampling import SamplingParams, SamplingSettings
+from kvcache.serving.scheduler import SchedulerConfig
+from kvcache.serving.search import beam_search, best_of, SearchResult
+from kvcache.serving.serve import serve, step
+from kvcache.serving.speculation import Drafter, PromptLookup
+from kvcache.verbs import recurrent, sharding
+from kvcache.verbs.attention import attend
+from kvcache.verbs.checkpoint import has_checkpoint, restore_checkpoint, save_checkpoint
+from kvcache.verbs.checks import check_invariants, checked
+from kvcache.verbs.handoff import (
+  export_sequences,
+  import_sequences,
+  offload,
+  SequenceState,
+)
+from kvcache.verbs.lifecycle import Admission, admit, find, finish, fork, reset, rewind
+from kvcache.verbs.metadata import SharedPrefix, StepMetadata, WindowView
+from kvcache.verbs.stepping import (
   commit,
   extend,
   read_state,
@@ -137,7 +136,6 @@ from kvcache.stepping import (
   write_kv,
   write_state,
 )
-from kvcache.windows import WindowBlocks
 
 __version__ = "0.1.0"
 
@@ -224,11 +222,15 @@ __all__ = [
   "publish",
   "raise_for_status",
   "read_state",
+  "recurrent",
   "reset",
   "restore_checkpoint",
   "rewind",
+  "sampling",
   "save_checkpoint",
+  "scheduler",
   "serve",
+  "sharding",
   "stats",
   "step",
   "step_metadata",

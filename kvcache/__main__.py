@@ -1,8 +1,8 @@
-"""`python -m kvcache`: see `kvcache.cli`."""
+"""`python -m kvcache`: see `kvcache.command.cli`."""
 
 import sys
 
-from kvcache.cli import main
+from kvcache.command.cli import main
 
 if __name__ == "__main__":
   sys.exit(main())

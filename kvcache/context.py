@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kvcache import (
+from kvcache import printing
+from kvcache.config import CacheConfig
+from kvcache.errors import Status
+from kvcache.parts import (
   arguments,
   blocks,
   kv,
   loops,
   prefix,
-  printing,
   publishing,
   ragged,
   sequences,
@@ -30,17 +32,15 @@ from kvcache import (
   states,
   windows,
 )
-from kvcache.blocks import BlockPool
-from kvcache.config import CacheConfig
-from kvcache.errors import Status
-from kvcache.kv import KVStore
-from kvcache.prefix import PrefixIndex
+from kvcache.parts.blocks import BlockPool
+from kvcache.parts.kv import KVStore
+from kvcache.parts.prefix import PrefixIndex
+from kvcache.parts.publishing import Tables
+from kvcache.parts.sequences import SequenceTable
+from kvcache.parts.state_rows import StateRows
+from kvcache.parts.states import StateStore
+from kvcache.parts.windows import WindowBlocks
 from kvcache.printing import Node
-from kvcache.publishing import Tables
-from kvcache.sequences import SequenceTable
-from kvcache.state_rows import StateRows
-from kvcache.states import StateStore
-from kvcache.windows import WindowBlocks
 
 
 class Counters(Node, kw_only=True):

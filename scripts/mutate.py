@@ -42,31 +42,31 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = Path(__file__).with_name("mutate_equivalent.toml")
 CACHE = ROOT / ".cache" / "mutate"
-WALK = "tests/test_walks.py::test_walks_agree_with_the_oracle"
-VERBS = ("tests/test_context.py", "tests/test_lifecycle.py")
+WALK = "tests/walks/test_walks.py::test_walks_agree_with_the_oracle"
+VERBS = ("tests/test_context.py", "tests/verbs/test_lifecycle.py")
 XLA_FLAGS = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # The tests of each module, the quickest first.
 TESTS: dict[str, tuple[str, ...]] = {
-  "blocks": ("tests/test_blocks.py", *VERBS, f"{WALK}[tiny]"),
-  "sequences": ("tests/test_sequences.py", *VERBS, f"{WALK}[tiny]"),
-  "prefix": ("tests/test_prefix.py", *VERBS, f"{WALK}[tiny]", f"{WALK}[cramped]"),
+  "blocks": ("tests/parts/test_blocks.py", *VERBS, f"{WALK}[tiny]"),
+  "sequences": ("tests/parts/test_sequences.py", *VERBS, f"{WALK}[tiny]"),
+  "prefix": ("tests/parts/test_prefix.py", *VERBS, f"{WALK}[tiny]", f"{WALK}[cramped]"),
   "context": (
     *VERBS,
-    "tests/test_observe.py",
-    "tests/test_arguments.py",
+    "tests/observe/test_observe.py",
+    "tests/verbs/test_arguments.py",
     "tests/test_config.py",
-    "tests/test_hostile.py",
-    "tests/test_groups.py",
-    "tests/test_hybrid.py",
+    "tests/hostile/test_hostile.py",
+    "tests/serving/test_groups.py",
+    "tests/serving/test_hybrid.py",
   ),
   "scheduler": (
-    "tests/test_scheduler.py",
-    "tests/test_history.py",
-    "tests/test_serve.py",
-    "tests/test_groups.py",
-    "tests/test_hybrid.py",
+    "tests/serving/test_scheduler.py",
+    "tests/observe/test_history.py",
+    "tests/serving/test_serve.py",
+    "tests/serving/test_groups.py",
+    "tests/serving/test_hybrid.py",
   ),
 }
 
@@ -117,7 +117,7 @@ class Mutant:
   """One change of one module.
 
   Attributes:
-    module: Name below `kvcache`.
+    module: Name of its file, wherever below `kvcache` it stands.
     index: Its place among the module's mutants.
     line: Where it is.
     function: What it is in.
@@ -209,7 +209,8 @@ class _Replace(ast.NodeTransformer):
 
 
 def path_of(module: str) -> Path:
-  return ROOT / "kvcache" / f"{module}.py"
+  (path,) = (ROOT / "kvcache").rglob(f"{module}.py")
+  return path
 
 
 def variants(module: str) -> Iterator[tuple[Mutant, ast.Module, ast.AST, ast.AST]]:
@@ -244,7 +245,8 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
   """Lets one module be imported from a syntax tree."""
 
   def __init__(self, module: str, tree: ast.Module):
-    self.name, self.path = f"kvcache.{module}", path_of(module)
+    self.path = path_of(module)
+    self.name = ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
     self.code = compile(tree, str(self.path), "exec")
 
   def find_spec(self, fullname, path, target=None):

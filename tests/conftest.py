@@ -58,7 +58,7 @@ def _forget_programs():
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
   """Compiles for a GPU without one; only `make aot` has what that needs."""
-  from tests.deviceless import Compiler
+  from tests.aot.deviceless import Compiler
 
   # A program from the cache would not be assembled, and say nothing.
   was_on = jax.config.jax_enable_compilation_cache

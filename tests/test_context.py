@@ -7,8 +7,8 @@ import pytest
 
 import kvcache
 from kvcache import Status
-from tests import small
-from tests.small import (
+from tests.fixtures import small
+from tests.fixtures.small import (
   append,
   cached,
   evict,

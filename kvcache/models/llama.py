@@ -30,15 +30,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from kvcache import arguments, sharding
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
-from kvcache.metadata import StepMetadata
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.feed_forward import FeedForward
 from kvcache.nn.linear import multiply
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
+from kvcache.parts import arguments
+from kvcache.verbs import sharding
+from kvcache.verbs.metadata import StepMetadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

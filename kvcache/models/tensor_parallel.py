@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 import numpy as np
 
-from kvcache import sharding
 from kvcache.models.llama import Llama, LlamaConfig
 from kvcache.nn.functional import as_function
+from kvcache.verbs import sharding
 
 
 def cut_llama(

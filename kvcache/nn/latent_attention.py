@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kvcache.attention import attend
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
-from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import apply_rotary, Rotary
-from kvcache.stepping import write_kv
+from kvcache.verbs.attention import attend
+from kvcache.verbs.metadata import StepMetadata
+from kvcache.verbs.stepping import write_kv
 
 
 class LatentAttention(nnx.Module):

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kvcache import recurrent
 from kvcache.config import RecurrentLayer
 from kvcache.context import Context
-from kvcache.metadata import StepMetadata
 from kvcache.nn.linear import Linear
+from kvcache.verbs import recurrent
+from kvcache.verbs.metadata import StepMetadata
 
 
 class Mamba2(nnx.Module):

@@ -12,11 +12,11 @@ from flax import nnx
 import jax
 from jax.typing import ArrayLike
 
-from kvcache.attention import attend
 from kvcache.context import Context
-from kvcache.metadata import StepMetadata
 from kvcache.printing import Node
-from kvcache.stepping import write_kv
+from kvcache.verbs.attention import attend
+from kvcache.verbs.metadata import StepMetadata
+from kvcache.verbs.stepping import write_kv
 
 
 class StepCache(Node, kw_only=True):

@@ -14,11 +14,11 @@ from jax import Array
 import numpy as np
 
 from kvcache import printing
-from kvcache.blocks import BlockPool
 from kvcache.config import CacheConfig, NULL_STATE
 from kvcache.context import check_context, Context
 from kvcache.observe.palette import Kind, LOOKS
-from kvcache.publishing import Tables
+from kvcache.parts.blocks import BlockPool
+from kvcache.parts.publishing import Tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,14 +5,14 @@ outer loop, so a row of samples per admission, completion or burst of decode ste
 is read on the host once per slice.
 """
 
+from typing import Protocol
+
 from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcache import ragged
 from kvcache.context import Context
 from kvcache.printing import Node
-from kvcache.requests import Requests, RequestStatus
 
 FIELDS = (
   "step",
@@ -31,6 +31,14 @@ FIELDS = (
 )
 """What a sample holds: `step` and all from `finished` on are totals, the others are as
 of its moment."""
+
+
+class Counted(Protocol):
+  """Work that a history follows; `kvcache.Requests` is."""
+
+  def counts(self) -> dict[str, Array]:
+    """Returns `FIELDS` that are known of the work: `[]` int32 each, by name."""
+    ...
 
 
 class History(Node, kw_only=True):
@@ -95,24 +103,18 @@ def make_history(size: int = 1024) -> History:
   )
 
 
-def record(history: History, ctx: Context, requests: Requests) -> History:
+def record(history: History, ctx: Context, requests: Counted) -> History:
   """Appends a sample; the oldest one goes when there is no room.
 
   Costs a pass over `[Q]` and over `[S]`, nothing of the size of the pool.
   """
-  pool, counters, status = ctx.pool, ctx.counters, requests.status
+  pool, counters = ctx.pool, ctx.counters
   num_cached = ctx.prefix.num_evictable
-  values = {
-    "step": requests.num_steps,
+  values = requests.counts() | {
     "free": pool.num_free,
     "cached": num_cached,
     "in_use": pool.num_blocks - 1 - pool.num_free - num_cached,
     "references": jnp.sum(ctx.sequences.num_blocks, dtype=jnp.int32),
-    "running": ragged.sum_int(status == RequestStatus.RUNNING),
-    "waiting": ragged.sum_int(status == RequestStatus.WAITING),
-    "finished": ragged.sum_int(status == RequestStatus.FINISHED),
-    "tokens": jnp.sum(requests.lengths - requests.prompt_lens, dtype=jnp.int32),
-    "preemptions": jnp.sum(requests.num_preemptions, dtype=jnp.int32),
     "prompt_tokens": counters.prompt_tokens.astype(jnp.int32),
     "hit_tokens": counters.hit_tokens.astype(jnp.int32),
     "evicted": counters.num_evicted.astype(jnp.int32),

@@ -7,9 +7,9 @@ once per slice of work and not in every step.
 from jax import Array
 import jax.numpy as jnp
 
-from kvcache import ragged
 from kvcache.context import as_context, check_context, Context, Counters
-from kvcache.prefix import PrefixIndex
+from kvcache.parts import ragged
+from kvcache.parts.prefix import PrefixIndex
 from kvcache.printing import Node
 
 

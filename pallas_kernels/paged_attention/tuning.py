@@ -1,8 +1,8 @@
 """How kernels are set up for a device: as was best there, or else as compiled best.
 
 What was measured stands in `tuned.json`, by kind of device, kernel and class of shapes;
-`python -m benchmarks.tune` writes it on a GPU. Everything else is set up by the rules
-of the kernels: few registers, no spills, two programs on a multiprocessor.
+`python -m benchmarks.gpu.tune` writes it on a GPU. Everything else is set up by the
+rules of the kernels: few registers, no spills, two programs on a multiprocessor.
 
 Settings decide in which order sums are taken, so they depend on static shapes and on
 the kind of device alone: never on what is in a batch.

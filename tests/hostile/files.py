@@ -11,11 +11,12 @@ import numpy as np
 import kvcache
 from kvcache import CheckpointError, models
 from kvcache.models import LoadError
-from tests import toy_model as toy
+from tests.fixtures import toy_model as toy
+from tests.fixtures.model_runs import admit, context_for, feed
+from tests.fixtures.places import GOLDENS
 from tests.hostile.table import area, WrongUse
-from tests.model_runs import admit, context_for, feed
 
-TINY = Path(__file__).parents[1] / "goldens" / "tiny_llama"
+TINY = GOLDENS / "tiny_llama"
 SIZES = toy.config(num_blocks=4, block_size=4, max_seqs=2, max_seq_len=8)
 
 
@@ -123,7 +124,7 @@ def command(*argv: str):
     import contextlib
     import io
 
-    from kvcache import cli
+    from kvcache.command import cli
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

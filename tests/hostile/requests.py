@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 import kvcache
-from kvcache import generation, PromptLookup, SamplingParams, SchedulerConfig, Status
+from kvcache import PromptLookup, SamplingParams, SchedulerConfig, Status
 from kvcache.models import Llama, LlamaConfig
-from kvcache.sampling import greedy
-from tests import toy_model as toy
+from kvcache.serving import generation
+from kvcache.serving.sampling import greedy
+from tests.fixtures import toy_model as toy
 from tests.hostile.table import area, hybrid, WrongUse, zeros
 
 SIZES = toy.config(num_blocks=9, block_size=4, max_seqs=2, max_seq_len=16)

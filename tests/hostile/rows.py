@@ -6,7 +6,7 @@ import numpy as np
 
 import kvcache
 from kvcache import Status
-from tests import small
+from tests.fixtures import small
 from tests.hostile.table import (
   area,
   busy,

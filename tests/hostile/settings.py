@@ -13,12 +13,12 @@ from kvcache import (
   CacheConfig,
   PromptLookup,
   RecurrentLayer,
-  sampling,
   SamplingParams,
   SchedulerConfig,
   Status,
 )
-from tests import small
+from kvcache.serving import sampling
+from tests.fixtures import small
 from tests.hostile.table import area, LAYER, named, WrongUse, zeros
 
 STATE = RecurrentLayer(state={"sum": (3,)})

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import kvcache
 from kvcache import AttentionLayer, CacheConfig, Context, RecurrentLayer, Status
-from tests import small
+from tests.fixtures import small
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
