@@ -57,7 +57,7 @@ class CheckpointError(CacheError):
   """A checkpoint is missing, damaged, or belongs to something else."""
 
 
-class InvariantError(CacheError):
+class InvariantError(CacheError, AssertionError):
   """`check_invariants` found a context that no sequence of verbs can make."""
 
 

@@ -72,5 +72,6 @@ def test_a_single_code_counts_as_one_row():
     raise_for_status(Status.TOO_LONG)
 
 
-def test_an_invariant_error_is_a_cache_error():
+def test_an_invariant_error_is_a_cache_error_and_an_assertion_error():
   assert issubclass(errors.InvariantError, CacheError)
+  assert issubclass(errors.InvariantError, AssertionError)

@@ -1,4 +1,8 @@
-"""Invariants of a Context, checked eagerly and inside `jax.jit`.
+"""Invariants of a Context in chex's words, checked eagerly and inside `jax.jit`.
+
+Shapes and dtypes are static assertions of chex: they hold of every trace. What values
+must satisfy is a value assertion: it needs no preparation outside of a trace, and
+`chex.chexify` turns it on inside. `chex.disable_asserts()` silences both.
 
 Each invariant is a pure function of the context that yields one boolean, so the same
 code runs on the host, in a trace and under `vmap`. They look at every block and every
@@ -9,12 +13,15 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+import chex
+import flax.struct
 import jax
 from jax import Array
-from jax.core import Tracer
-from jax.experimental import checkify
 import jax.numpy as jnp
+import numpy as np
 
+from kvcache import context
+from kvcache.config import CacheConfig
 from kvcache.context import as_context, Context
 from kvcache.errors import InvariantError
 from kvcache.parts import ragged, windows
@@ -22,6 +29,7 @@ from kvcache.parts.blocks import BlockPool
 from kvcache.parts.ring import EvictionRing
 from kvcache.parts.state_rows import StateRows
 from kvcache.parts.windows import WindowBlocks
+from kvcache.verbs import sharding
 
 
 def invariants(ctx: Context) -> dict[str, Array]:
@@ -50,6 +58,13 @@ def invariants(ctx: Context) -> dict[str, Array]:
   safe = jnp.clip(tables, 0, config.num_blocks - 1)
   held["table entries are in range"] = jnp.all(safe == tables)
   held["tables are dense"] = jnp.all((tables > 0) == used)
+  # What entries say of their blocks, in one gather. All [S, P].
+  facts = (refs, is_cached.astype(jnp.int32))
+  facts += (index.depth, index.parent, index.namespace)
+  entry_refs, entry_cached, entry_depth, entry_parent, entry_namespace = jnp.unstack(
+    jnp.stack(facts, axis=-1)[safe], axis=-1
+  )
+  entry_cached = entry_cached > 0
   counts = _times_named(safe, used, refs.size)
   held["ref_counts equal the table entries naming each block"] = jnp.all(
     (counts == refs) & (usable | (refs == 0))
@@ -65,7 +80,7 @@ def invariants(ctx: Context) -> dict[str, Array]:
   )
   is_tail = used & (column >= full[:, None])
   held["blocks being written have one reference and are not cached"] = ~jnp.any(
-    is_tail & ((refs[safe] != 1) | is_cached[safe])
+    is_tail & ((entry_refs != 1) | entry_cached)
   )
   empty = (
     (table.num_blocks == 0)
@@ -80,24 +95,24 @@ def invariants(ctx: Context) -> dict[str, Array]:
   )
   published = used & (column < table.num_published[:, None])
   before = jnp.pad(safe[:, :-1], ((0, 0), (1, 0)))
-  held["published blocks are cached"] = jnp.all(is_cached[safe] | ~published)
+  held["published blocks are cached"] = jnp.all(entry_cached | ~published)
   beyond = used & (column >= table.num_frozen[:, None])
   held["blocks that are not frozen have one reference and are not cached"] = ~jnp.any(
-    beyond & ((refs[safe] != 1) | is_cached[safe])
+    beyond & ((entry_refs != 1) | entry_cached)
   )
-  shared = used & (refs[safe] > 1) & ~is_cached[safe]
+  shared = used & (entry_refs > 1) & ~entry_cached
   held["a shared block is cached, or its rows are sealed"] = jnp.all(
     table.is_sealed[:, None] | ~shared
   )
-  cached_here = used & is_cached[safe]
+  cached_here = used & entry_cached
   held["depth of a cached block is its column"] = jnp.all(
-    (index.depth[safe] == column) | ~cached_here
+    (entry_depth == column) | ~cached_here
   )
   held["parent of a cached block is the block one column before"] = jnp.all(
-    (index.parent[safe] == before) | ~cached_here
+    (entry_parent == before) | ~cached_here
   )
   held["namespace of a cached block is its row's"] = jnp.all(
-    (index.namespace[safe] == table.namespaces[:, None]) | ~cached_here
+    (entry_namespace == table.namespaces[:, None]) | ~cached_here
   )
 
   parent = jnp.clip(index.parent, 0, config.num_blocks - 1)
@@ -288,18 +303,98 @@ def _no_twins(ctx: Context, is_cached: Array) -> Array:
   return ~jnp.any(same)
 
 
-_jitted_invariants = jax.jit(invariants)
+class Verdict(flax.struct.PyTreeNode):
+  """Which invariants hold. As text, those that do not.
+
+  Attributes:
+    is_sound: `[]` bool. Whether all hold.
+    holds: `[num_invariants]` bool.
+    sentences: Their names, in this order.
+  """
+
+  is_sound: Array
+  holds: Array
+  sentences: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  def __str__(self) -> str:
+    told = zip(self.sentences, np.asarray(self.holds), strict=True)
+    return "; ".join(sentence for sentence, holds in told if not holds)
+
+
+@jax.jit
+def _judge(ctx: Context) -> Verdict:
+  held = invariants(ctx)
+  holds = jnp.stack(list(held.values()))
+  return Verdict(is_sound=jnp.all(holds), holds=holds, sentences=tuple(held))
+
+
+@functools.lru_cache(maxsize=64)
+def _arrays_of(config: CacheConfig) -> Context:
+  """The context that a configuration makes, its arrays as shapes."""
+  return jax.eval_shape(functools.partial(context.init, config))
+
+
+def _check_arrays(ctx: Context) -> None:
+  """Asserts shapes and dtypes; in a `shard_map` over heads, those of one device."""
+  config = ctx.config
+  if sharding.is_within(config.head_axes):
+    wanted = _arrays_of(sharding.local_config(config)).replace(config=config)
+  else:
+    wanted = _arrays_of(config)
+  chex.assert_trees_all_equal_comparator(
+    lambda x, y: _type(x) == _type(y),
+    lambda x, y: f"{_told(x)} instead of {_told(y)}",
+    ctx,
+    wanted,
+    custom_message="tree 0 is ctx, tree 1 what kvcache.init(ctx.config) makes",
+    include_default_message=False,
+    exception_type=InvariantError,
+  )
+
+
+def _type(leaf: Any) -> tuple[Any, Any]:
+  """Shape and dtype; of what is no array, None."""
+  return getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+
+
+def _told(leaf: Any) -> str:
+  shape, dtype = _type(leaf)
+  return type(leaf).__name__ if dtype is None else f"{dtype}{list(shape)}"
+
+
+def _asserts_are_on() -> bool:
+  """Whether chex asserts anything; it has no other way to ask."""
+  try:
+    chex.assert_scalar_positive(0)
+  except AssertionError:
+    return True
+  return False
+
+
+_BROKEN = "broken invariants: "
 
 
 def check_invariants(ctx: Context) -> None:
   """Raises if the context is one that no sequence of verbs can make.
 
-  Outside of a trace the error names every broken invariant. Inside, each becomes a
-  `checkify.check`; wrap the function with `checked`, or with `checkify.checkify`
-  yourself.
+  Shapes and dtypes are asserted against `ctx.config` wherever it is called, in any
+  trace. Values are looked at outside of a trace, and inside of one that chex has made
+  ready for it: wrap the outermost function, `chex.chexify(jax.jit(step))`, and call
+  this wherever a context is, in loops and under `vmap`, too. `checked` does so for what
+  a function returns. `chex.disable_asserts()` turns all of it off; a function compiled
+  before stays as it is.
+
+  Under `vmap` the error tells of one context of those that are broken. A loop whose
+  end differs from context to context (`vmap` of `publish`, `admit` or `serve`) cannot
+  be chexified: check the fleet behind it, with a program of its own,
+  `chex.chexify(jax.jit(jax.vmap(kvcache.check_invariants)))`.
 
   Raises:
-    InvariantError: Eagerly, if any invariant is broken.
+    InvariantError: Outside of a trace, naming every broken invariant; anywhere, if a
+      shape or dtype is not the configuration's.
+    AssertionError: From the chexified function, naming every broken invariant of the
+      first context that had any.
+    RuntimeError: Values are traced, and nobody has called `chex.chexify`.
 
   Example:
     >>> kv.check_invariants(started)
@@ -309,28 +404,45 @@ def check_invariants(ctx: Context) -> None:
     kvcache.errors.InvariantError: ...
   """
   ctx = as_context(ctx)
-  if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ctx)):
-    for sentence, holds in invariants(ctx).items():
-      checkify.check(holds, f"broken invariant: {sentence}")
+  if not _asserts_are_on():
     return
-  results = jax.device_get(_jitted_invariants(ctx))
-  broken = [sentence for sentence, holds in results.items() if not holds]
-  if broken:
-    raise InvariantError("broken invariants: " + "; ".join(broken))
+  _check_arrays(ctx)
+  verdict = _judge(ctx)
+  try:
+    chex.assert_trees_all_equal(
+      verdict.is_sound,
+      np.array(True),
+      custom_message=_BROKEN + "{}",
+      custom_message_format_vars=[verdict],
+    )
+  except AssertionError:
+    raise InvariantError(f"{_BROKEN}{verdict}") from None
+  except RuntimeError as error:
+    raise RuntimeError(
+      "check_invariants reads values, and here they are traced: wrap the outermost"
+      " function, chex.chexify(jax.jit(step), async_check=False) or"
+      " kvcache.checked(step), or turn assertions off with chex.disable_asserts()"
+    ) from error
 
 
 def checked(transition: Callable[..., Any]) -> Callable[..., Any]:
   """Wraps a transition so that every `Context` it returns is verified, inside jit.
 
-  The wrapped function compiles the transition together with the checks and raises with
-  the name of the first broken invariant.
+  This is `chex.chexify(jax.jit(transition), async_check=False)` with `check_invariants`
+  of what is returned, so assertions of chex inside the transition are on as well. After
+  `chex.disable_asserts()` it is `jax.jit(transition)`. When a program ends that has
+  chexified anything, chex warns of statuses nobody inspected; here, all were.
 
   Args:
     transition: A function that takes any arguments and returns a pytree holding
       contexts.
 
   Raises:
-    InvariantError: When a returned context breaks an invariant.
+    InvariantError: When a returned context breaks invariants; it names them all.
+
+  Example:
+    >>> finish = kv.checked(kv.finish)
+    >>> after = finish(started, jnp.array([True, False]))
   """
 
   def is_context(node: object) -> bool:
@@ -344,14 +456,20 @@ def checked(transition: Callable[..., Any]) -> Callable[..., Any]:
         check_invariants(node)
     return out
 
-  compiled = jax.jit(checkify.checkify(verified, errors=checkify.user_checks))
+  verify = chex.chexify(jax.jit(verified), async_check=False)
+  unverified = jax.jit(transition)
 
   @functools.wraps(transition)
   def call(*args: Any, **kwargs: Any) -> Any:
-    error, out = compiled(*args, **kwargs)
-    message = error.get()
-    if message is not None:
-      raise InvariantError(message)
-    return out
+    if not _asserts_are_on():
+      return unverified(*args, **kwargs)
+    try:
+      return verify(*args, **kwargs)
+    except AssertionError as error:
+      _, is_ours, broken = str(error).partition(_BROKEN)
+      if not is_ours:
+        raise
+      broken, _, _ = broken.partition(". [failed at")  # chex adds where
+      raise InvariantError(_BROKEN + broken) from None
 
   return call

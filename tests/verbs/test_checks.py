@@ -5,16 +5,17 @@ Some cannot be broken alone: where another follows from them, both are named.
 
 import functools
 
+import chex
 import jax
-from jax.experimental import checkify
+from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import kvcache
 from kvcache import InvariantError
 from kvcache.verbs import checks
 from tests.fixtures import small
+from tests.fixtures import toy_model as toy
 from tests.fixtures.small import append, finish, fork, ints, mask, start
 
 A = list(range(1, 17))  # prompts that share nothing
@@ -301,14 +302,22 @@ def test_every_invariant_is_broken_once():
   assert set(BREAKAGES) == set(jax.eval_shape(checks.invariants, sound()))
 
 
+def said(raised):
+  """The invariants that an error names."""
+  _, _, broken = str(raised.value).partition("broken invariants: ")
+  return set(broken.partition(". [failed at")[0].split("; "))
+
+
 @pytest.mark.parametrize("sentence", BREAKAGES)
 def test_eagerly_the_error_names_exactly_what_is_broken(sentence):
   _, broken = BREAKAGES[sentence]
   with pytest.raises(InvariantError) as raised:
     kvcache.check_invariants(broken_context(sentence))
-  message = str(raised.value)
-  assert message.startswith("broken invariants: ")
-  assert set(message.removeprefix("broken invariants: ").split("; ")) == broken
+  assert str(raised.value).startswith("broken invariants: ")
+  assert said(raised) == broken
+
+
+# --- Inside jit -----------------------------------------------------------------------
 
 
 @functools.cache
@@ -317,23 +326,89 @@ def pass_on():
   return kvcache.checked(lambda ctx, *, number: (number + 1, {"context": ctx}))
 
 
+@functools.cache
+def loop():
+  """A loop that checks in each round; the context is whole before and after it."""
+
+  def body(ctx, num_free):
+    height = ctx.pool.num_free
+    ctx = ctx.replace(pool=ctx.pool.replace(num_free=height + num_free))
+    kvcache.check_invariants(ctx)
+    return ctx.replace(pool=ctx.pool.replace(num_free=height)), height
+
+  def run(ctx, changes):
+    return lax.scan(body, ctx, changes)[0]
+
+  return chex.chexify(jax.jit(run, donate_argnums=0), async_check=False)
+
+
 def test_checked_returns_what_the_transition_returns():
   number, out = pass_on()(sound(), number=jnp.int32(4))
   assert number == 5
-  jax.tree.map(np.testing.assert_array_equal, out["context"], sound())
+  chex.assert_trees_all_equal(out["context"], sound())
 
 
 @pytest.mark.parametrize("sentence", BREAKAGES)
-def test_inside_jit_the_error_names_what_is_broken(sentence):
+def test_checked_names_exactly_what_is_broken(sentence):
   _, broken = BREAKAGES[sentence]
   with pytest.raises(InvariantError) as raised:
     pass_on()(broken_context(sentence), number=jnp.int32(4))
-  assert any(f"broken invariant: {other}" in str(raised.value) for other in broken)
+  assert str(raised.value).startswith("broken invariants: ")
+  assert said(raised) == broken
+
+
+@pytest.mark.parametrize("sentence", BREAKAGES)
+def test_a_loop_of_ones_own_names_exactly_what_is_broken(sentence):
+  _, broken = BREAKAGES[sentence]
+  ctx = jax.tree.map(jnp.copy, broken_context(sentence))
+  with pytest.raises(AssertionError) as raised:
+    loop()(ctx, ints([0, 0, 0]))
+  assert said(raised) == broken
+
+
+def test_a_loop_tells_of_the_first_round_that_went_wrong():
+  ctx = jax.tree.map(jnp.copy, sound())
+  after = loop()(ctx, ints([0, 0, 0]))
+  assert ctx.pool.num_free.is_deleted()  # donated all the same
+  chex.assert_trees_all_equal(after, sound())
+  with pytest.raises(AssertionError) as raised:
+    loop()(after, ints([0, -1, -9]))
+  _, broken = BREAKAGES["capacity is conserved"]
+  assert said(raised) == broken
+
+
+def test_where_nobody_has_called_chexify_the_error_says_what_to_call():
+  with pytest.raises(RuntimeError, match=r"chex.chexify\(jax.jit\(step\)"):
+    jax.jit(kvcache.check_invariants)(sound())
+
+
+def test_a_context_that_a_trace_closes_over_is_checked_too():
+  run = chex.chexify(
+    jax.jit(lambda x: (kvcache.check_invariants(lost(sound())), x)[1]),
+    async_check=False,
+  )
+  with pytest.raises(AssertionError, match="capacity is conserved"):
+    run(jnp.int32(0))
+
+
+def test_other_assertions_inside_checked_stay_what_they_are():
+  def transition(ctx, x):
+    chex.assert_tree_all_finite(x)
+    return ctx
+
+  run = kvcache.checked(transition)
+  run(sound(), jnp.float32(1))
+  with pytest.raises(AssertionError, match="non-finite") as raised:
+    run(sound(), jnp.float32(jnp.nan))
+  assert not isinstance(raised.value, InvariantError)
+
+
+def stack(contexts):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
 
 
 def test_under_vmap_each_context_is_judged_alone():
-  everyone = [sound(), *map(broken_context, BREAKAGES)]
-  fleet = jax.tree.map(lambda *leaves: jnp.stack(leaves), *everyone)
+  fleet = stack([sound(), *map(broken_context, BREAKAGES)])
   held = jax.device_get(jax.jit(jax.vmap(checks.invariants))(fleet))
   want = [set(), *(broken for _, broken in BREAKAGES.values())]
   for i, broken in enumerate(want):
@@ -341,12 +416,104 @@ def test_under_vmap_each_context_is_judged_alone():
 
 
 def test_one_broken_context_of_a_fleet_is_found():
-  check = jax.jit(checkify.checkify(jax.vmap(kvcache.check_invariants)))
-  fleet = [sound(), sound(), sound()]
-  for broken in (None, 1):
-    if broken is not None:
-      fleet[broken] = broken_context("num_evictable counts it")
-    error, _ = check(jax.tree.map(lambda *leaves: jnp.stack(leaves), *fleet))
-    message = error.get()
-    assert (message is None) == (broken is None)
-  assert "num_evictable counts it" in message
+  check = chex.chexify(jax.jit(jax.vmap(kvcache.check_invariants)), async_check=False)
+  check(stack([sound()] * 3))
+  broken = broken_context("num_evictable counts it")
+  with pytest.raises(AssertionError) as raised:
+    check(stack([sound(), broken, sound()]))
+  assert said(raised) == BREAKAGES["num_evictable counts it"][1]
+
+
+def test_a_model_checks_inside_the_loop_of_serve():
+  """It finds what a model that writes where it must not has done."""
+
+  def model(tokens, metadata, ctx, *, leak):
+    logits, ctx = toy.model(tokens, metadata, ctx)
+    lost = leak * (jnp.max(metadata.seq_lens) > 6).astype(jnp.int32)
+    ctx = ctx.replace(pool=ctx.pool.replace(num_free=ctx.pool.num_free - lost))
+    kvcache.check_invariants(ctx)
+    return logits, ctx
+
+  @functools.partial(chex.chexify, async_check=False)
+  @jax.jit
+  def serve(ctx, requests, leak):
+    return kvcache.serve(functools.partial(model, leak=leak), ctx, requests)
+
+  sizes = toy.config(num_blocks=8, block_size=4, max_seqs=2, max_seq_len=12)
+  requests = toy.make_requests([[1, 2, 3], [4]], max_new_tokens=6, num=2, width=12)
+  ctx, done = serve(toy.fresh(sizes), requests, jnp.int32(0))
+  assert done.lengths.tolist() == [9, 7]
+  kvcache.check_invariants(ctx)
+  with pytest.raises(AssertionError) as raised:
+    serve(toy.fresh(sizes), requests, jnp.int32(1))
+  assert "capacity is conserved" in said(raised)
+
+
+# --- Shapes and dtypes ----------------------------------------------------------------
+
+
+def misshapen():
+  """What differs, and the words for it."""
+  ctx = sound()
+  short = ctx.pool.replace(ref_counts=ctx.pool.ref_counts[:-1])
+  wide = ctx.pool.replace(ref_counts=ctx.pool.ref_counts.astype(jnp.uint32))
+  half = ctx.kv[0].replace(k=ctx.kv[0].k.astype(jnp.bfloat16))
+  return [
+    (ctx.replace(pool=short), r"'pool/ref_counts': int32\[11\] instead of int32\[12\]"),
+    (ctx.replace(pool=wide), r"'pool/ref_counts': uint32\[12\] instead of int32\[12\]"),
+    (ctx.replace(kv=(half,)), r"'kv/0/k': bfloat16\[.*\] instead of float32\["),
+    (ctx.replace(kv=()), "do not match"),
+  ]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_shapes_and_dtypes_are_the_configurations_in_any_trace(place):
+  ctx, words = misshapen()[place]
+  with pytest.raises(InvariantError, match=words):
+    kvcache.check_invariants(ctx)
+  with pytest.raises(InvariantError, match=words):
+    jax.eval_shape(kvcache.check_invariants, ctx)
+
+
+def test_a_number_is_no_array():
+  ctx = sound()
+  with pytest.raises(InvariantError, match=r"int instead of int32\[\]"):
+    kvcache.check_invariants(ctx.replace(pool=ctx.pool.replace(num_free=3)))
+
+
+def test_a_batch_is_refused_outside_of_vmap():
+  with pytest.raises(ValueError, match=r"call this in jax\.vmap"):
+    kvcache.check_invariants(stack([sound()] * 2))
+
+
+# --- Turned off -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_asserts():
+  chex.disable_asserts()
+  yield
+  chex.enable_asserts()
+
+
+def test_disable_asserts_silences_everything(no_asserts):
+  broken = lost(sound())
+  for ctx in (broken, *(ctx for ctx, _ in misshapen())):
+    kvcache.check_invariants(ctx)
+  number, out = pass_on()(broken, number=jnp.int32(1))
+  assert number == 2 and out["context"].pool.num_free == 2
+  jax.jit(kvcache.check_invariants)(broken)
+
+
+def test_what_is_turned_off_costs_nothing(no_asserts):
+  def step(ctx):
+    kvcache.check_invariants(ctx)
+    return kvcache.publish(ctx)
+
+  texts = [jax.jit(f).lower(sound()).as_text() for f in (step, kvcache.publish)]
+  assert texts[0].replace("jit_step", "jit_publish") == texts[1]
+
+
+def test_what_was_turned_off_is_on_again():
+  with pytest.raises(InvariantError):
+    pass_on()(lost(sound()), number=jnp.int32(1))

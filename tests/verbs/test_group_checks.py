@@ -174,9 +174,28 @@ def test_every_invariant_of_windows_and_states_is_broken_once():
   assert set(BREAKAGES) == {s for s in sentences if s.startswith((WINDOW, "states: "))}
 
 
+def said(raised):
+  """The invariants that an error names."""
+  return set(str(raised.value).removeprefix("broken invariants: ").split("; "))
+
+
+@functools.cache
+def pass_on():
+  """A transition that does nothing, checked."""
+  return kvcache.checked(lambda ctx: ctx)
+
+
 @pytest.mark.parametrize("sentence", BREAKAGES)
 def test_the_error_names_what_is_broken(sentence):
+  """Eagerly, and inside jit the same."""
+  ctx = broken(sentence)
   with pytest.raises(kvcache.InvariantError) as raised:
-    kvcache.check_invariants(broken(sentence))
-  message = str(raised.value).removeprefix("broken invariants: ")
-  assert sentence in message.split("; ")
+    kvcache.check_invariants(ctx)
+  assert sentence in said(raised)
+  with pytest.raises(kvcache.InvariantError) as inside:
+    pass_on()(ctx)
+  assert said(inside) == said(raised)
+
+
+def test_checked_lets_a_sound_context_pass():
+  pass_on()(sound())
