@@ -7,7 +7,7 @@ long as nothing else is to be done. `kvcache.serving.generation` has the host's
 convenience, which runs `serve` in slices.
 """
 
-from typing import Any, overload
+from typing import Any, overload, TypedDict, Unpack
 
 import jax
 from jax import Array, lax
@@ -223,18 +223,24 @@ def step(
   return ctx, rq.store_batch(requests, batch)
 
 
+class _Settings(TypedDict, total=False):
+  """Arguments of `serve` that its results do not depend on in kind."""
+
+  scheduler: SchedulerConfig
+  sampler: Sampler
+  max_steps: int | Array | None
+
+
 @overload
 def serve(
   model: Model,
   ctx: Context,
   requests: Requests,
   *,
-  scheduler: SchedulerConfig = ...,
-  sampler: Sampler = ...,
-  max_steps: int | Array | None = ...,
   drafter: None = None,
   draft_state: None = None,
   history: None = None,
+  **settings: Unpack[_Settings],
 ) -> tuple[Context, Requests]: ...
 
 
@@ -244,12 +250,10 @@ def serve(
   ctx: Context,
   requests: Requests,
   *,
-  scheduler: SchedulerConfig = ...,
-  sampler: Sampler = ...,
-  max_steps: int | Array | None = ...,
   drafter: Drafter,
   draft_state: Any = None,
   history: None = None,
+  **settings: Unpack[_Settings],
 ) -> tuple[Context, Requests, Any]: ...
 
 
@@ -259,12 +263,10 @@ def serve(
   ctx: Context,
   requests: Requests,
   *,
-  scheduler: SchedulerConfig = ...,
-  sampler: Sampler = ...,
-  max_steps: int | Array | None = ...,
   drafter: None = None,
   draft_state: None = None,
   history: History,
+  **settings: Unpack[_Settings],
 ) -> tuple[Context, Requests, History]: ...
 
 
@@ -274,12 +276,10 @@ def serve(
   ctx: Context,
   requests: Requests,
   *,
-  scheduler: SchedulerConfig = ...,
-  sampler: Sampler = ...,
-  max_steps: int | Array | None = ...,
   drafter: Drafter,
   draft_state: Any = None,
   history: History,
+  **settings: Unpack[_Settings],
 ) -> tuple[Context, Requests, Any, History]: ...
 
 
@@ -289,12 +289,10 @@ def serve(
   ctx: Context,
   requests: Requests,
   *,
-  scheduler: SchedulerConfig = ...,
-  sampler: Sampler = ...,
-  max_steps: int | Array | None = ...,
   drafter: Drafter | None,
   draft_state: Any,
   history: History | None,
+  **settings: Unpack[_Settings],
 ) -> tuple[Any, ...]: ...
 
 
