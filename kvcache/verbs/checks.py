@@ -387,13 +387,15 @@ def check_invariants(ctx: Context) -> None:
   Under `vmap` the error tells of one context of those that are broken. A loop whose
   end differs from context to context (`vmap` of `publish`, `admit` or `serve`) cannot
   be chexified: check the fleet behind it, with a program of its own,
-  `chex.chexify(jax.jit(jax.vmap(kvcache.check_invariants)))`.
+  `chex.chexify(jax.jit(jax.vmap(kvcache.check_invariants)))`. And no check may come
+  before a `shard_map` under `jax.set_mesh` (jax-ml/jax#40907); what `checked` does, at
+  the end of a step, may.
 
   Raises:
     InvariantError: Outside of a trace, naming every broken invariant; anywhere, if a
       shape or dtype is not the configuration's.
     AssertionError: From the chexified function, naming every broken invariant of the
-      first context that had any.
+      first context that had any. `ValueError` if that was inside of `shard_map`.
     RuntimeError: Values are traced, and nobody has called `chex.chexify`.
 
   Example:
@@ -465,7 +467,7 @@ def checked(transition: Callable[..., Any]) -> Callable[..., Any]:
       return unverified(*args, **kwargs)
     try:
       return verify(*args, **kwargs)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:  # the latter from within shard_map
       _, is_ours, broken = str(error).partition(_BROKEN)
       if not is_ours:
         raise

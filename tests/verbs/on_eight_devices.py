@@ -428,3 +428,52 @@ def test_no_verb_gathers_the_pool():
       program = jax.jit(verb, donate_argnums=0).lower(ctx, *arguments).compile()
       assert not [str(i) for i in collectives(program)]
   assert exported.kv[0].k.sharding.spec[2] == "kv"
+
+
+HYBRID = dataclasses.replace(
+  SPLIT,
+  layers=(
+    *SPLIT.layers,
+    kvcache.RecurrentLayer.mamba2(num_heads=8, head_dim=2, state_size=3),
+  ),
+)
+
+
+def lose(ctx, num):
+  pool = ctx.pool.replace(num_free=ctx.pool.num_free - num)
+  return ctx.replace(pool=pool)
+
+
+def test_invariants_are_checked_where_xla_splits():
+  run = kvcache.checked(lose)
+  with jax.set_mesh(mesh_of(kv=2, group=4)):
+    ctx = run(sharding.init(HYBRID), jnp.int32(0))
+    kvcache.check_invariants(ctx)
+    with pytest.raises(kvcache.InvariantError, match="capacity is conserved"):
+      run(ctx, jnp.int32(1))
+
+
+def test_invariants_are_checked_within_shard_map():
+  """The arrays are those of one device there, and so is what is asserted of them."""
+  mesh = mesh_of(kv=2, group=4)
+  specs = sharding.partition_specs(HYBRID, mesh=mesh)
+
+  def over_heads(step):
+    return jax.shard_map(step, mesh=mesh, in_specs=(specs, P()), out_specs=P())
+
+  def step(ctx, num):
+    kvcache.check_invariants(lose(ctx, num))
+    return num
+
+  def mistake_it_for_a_whole_one(ctx, num):
+    return step(ctx.replace(config=dataclasses.replace(HYBRID, head_axes=())), num)
+
+  run = kvcache.checked(over_heads(step))
+  # Not under jax.set_mesh, where checkify fails: jax-ml/jax#40907.
+  ctx = sharding.init(HYBRID, mesh=mesh)
+  assert run(ctx, jnp.int32(0)) == 0
+  with pytest.raises(kvcache.InvariantError, match="capacity is conserved") as raised:
+    run(ctx, jnp.int32(1))
+  assert "mapped index" not in str(raised.value)
+  with pytest.raises(kvcache.InvariantError, match="instead of"):
+    jax.eval_shape(over_heads(mistake_it_for_a_whole_one), ctx, jnp.int32(0))
