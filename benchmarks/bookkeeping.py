@@ -1,6 +1,7 @@
 """The bookkeeping of a step: what the cache adds to every token of a model."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,15 +11,12 @@ import jax.numpy as jnp
 
 from benchmarks import scenes, timing
 from benchmarks.report import Row, seconds
+from benchmarks.sizes import Size
 import kvcache
 from kvcache import CacheConfig, Context, SchedulerConfig
 from kvcache.serving import sampling
 
 TITLE = "Bookkeeping of a step"
-S_SIZES = (64, 256, 1024)
-POOLS = ((1 << 12, 64), (1 << 12, 2048), (1 << 16, 64), (1 << 16, 2048))
-POOLS += ((1 << 20, 64), (1 << 20, 2048))
-QUICK_POOLS = ((1 << 12, 64), (1 << 20, 2048))
 MIXED_TOKENS = 256
 MODEL_VOCAB = 16
 NUM_STEPS = 1024  # that a long call repeats: milliseconds
@@ -26,6 +24,44 @@ NUM_STEPS = 1024  # that a long call repeats: milliseconds
 # Targets hold for two CPU cores and S = 256.
 TARGET_S = 256
 IN_LOOP_US, CALL_US, SERVE_US, GROWTH = 20.0, 150.0, 40.0, 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What is measured.
+
+  Attributes:
+    rows: `S`, one after another.
+    pools: `(N, P)` for each of them, the smallest and the largest among them.
+    in_parts: Pools for which the verbs of a step are measured one by one, too.
+    chains: Of calls from the host.
+    repeats: Of all else.
+  """
+
+  rows: tuple[int, ...]
+  pools: tuple[tuple[int, int], ...]
+  in_parts: tuple[tuple[int, int], ...]
+  chains: int
+  repeats: int
+
+
+_ENDS = ((1 << 12, 64), (1 << 20, 2048))
+_BETWEEN = ((1 << 12, 2048), (1 << 16, 64), (1 << 16, 2048), (1 << 20, 64))
+SIZES = {
+  Size.FULL: Sizes(
+    rows=(64, TARGET_S, 1024),
+    pools=(_ENDS[0], *_BETWEEN, _ENDS[1]),
+    in_parts=_ENDS,
+    chains=8,
+    repeats=30,
+  ),
+  Size.QUICK: Sizes(
+    rows=(TARGET_S,), pools=_ENDS, in_parts=_ENDS, chains=8, repeats=10
+  ),
+  Size.TINY: Sizes(
+    rows=(2,), pools=((32, 8),), in_parts=((32, 8),), chains=1, repeats=1
+  ),
+}
 
 
 def decode_step(ctx: Context, index: Array) -> Context:
@@ -125,14 +161,20 @@ def round_seconds(
 
 
 def thin_model(tokens: Array, metadata, ctx: Context) -> tuple[Array, Context]:
-  """As little of a model as can be: logits that depend on the tokens.
-
-  It passes for one that writes keys and values, and costs nothing.
-  """
+  """As little of a model as can be: logits that depend on the tokens."""
   vocab = jnp.arange(MODEL_VOCAB, dtype=jnp.int32)
   last = tokens[metadata.logits_indices]
   logits = ((last[:, None] + vocab[None]) % 7).astype(jnp.float32)
-  return logits, ctx.replace(kv=lax.optimization_barrier(ctx.kv))
+  return logits, as_written(ctx)
+
+
+def as_written(ctx: Context) -> Context:
+  """The context as a model returns it that writes all layers, for nothing.
+
+  `serve` refuses a model that returns the keys, values or states that it was given.
+  """
+  kv, states = lax.optimization_barrier((ctx.kv, ctx.states))
+  return ctx.replace(kv=kv, states=states)
 
 
 def serve_program(scheduler: SchedulerConfig, **options: Any) -> Callable:
@@ -174,13 +216,14 @@ def serve_seconds(config: CacheConfig, *, repeats: int, **options: Any) -> float
   return timing.step_seconds(run, state, repeats=repeats, shortest=1, num=num)
 
 
-def measure(is_quick: bool) -> Iterator[Row]:
+def measure(size: Size) -> Iterator[Row]:
   """Yields the rows of this section."""
-  repeats = 10 if is_quick else 30
+  sizes = SIZES[size]
+  repeats = sizes.repeats
   decode: dict[tuple[int, int, int], float] = {}
   serve: dict[tuple[int, int, int], float] = {}
-  for S in (TARGET_S,) if is_quick else S_SIZES:
-    for N, P in QUICK_POOLS if is_quick else POOLS:
+  for S in sizes.rows:
+    for N, P in sizes.pools:
       config = scenes.make_config(S, N, P)
       is_target = S == TARGET_S
       row = functools.partial(
@@ -196,11 +239,13 @@ def measure(is_quick: bool) -> Iterator[Row]:
       target = IN_LOOP_US if is_target else None
       yield us(decode[S, N, P], "decode step, in a loop", target=target)
       one = jax.jit(decode_step, donate_argnums=0)
-      value = timing.chain_seconds(one, ctx, jnp.int32(0), repeats=8, length=length)
+      value = timing.chain_seconds(
+        one, ctx, jnp.int32(0), repeats=sizes.chains, length=length
+      )
       target = CALL_US if is_target else None
       yield us(value, "decode step, one host call", target=target)
 
-      if (N, P) in QUICK_POOLS:
+      if (N, P) in sizes.in_parts:
         for name, step in (("extend", extend_only), ("commit", commit_only)):
           value = round_seconds(step, ctx, **kwargs, restart=restart)
           yield us(value, f"{name}, in a loop")
@@ -223,7 +268,8 @@ def _growth(
 ) -> Iterator[Row]:
   """How much longer the largest cache takes than the smallest."""
   for S in sorted({key[0] for key in times}):
-    smallest, *_, largest = sorted(key for key in times if key[0] == S)
+    keys = sorted(key for key in times if key[0] == S)
+    smallest, largest = keys[0], keys[-1]
     yield Row(
       section=TITLE,
       what=f"{what}: growth",

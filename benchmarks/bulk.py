@@ -1,6 +1,8 @@
 """A thousand sequences of a thousand tokens: everything at once."""
 
 from collections.abc import Iterator
+import dataclasses
+import functools
 
 import jax
 from jax import Array
@@ -8,37 +10,56 @@ import jax.numpy as jnp
 
 from benchmarks import scenes, timing
 from benchmarks.report import Row, seconds
+from benchmarks.sizes import Size
 import kvcache
 from kvcache import Context
 
 TITLE = "1000 rows of 1000 tokens"
-S = NUM_TOKENS = 1000
-N, P = 1 << 16, 64
 RESERVE_MS, RELEASE_MS = 4.0, 1.5
-TOTAL = S * NUM_TOKENS
 
 
-def reserve(ctx: Context, query_lens: Array) -> tuple[Context, Array]:
-  """Room for all tokens of all rows."""
-  return kvcache.extend(ctx, query_lens, num_tokens=TOTAL)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What is measured.
+
+  Attributes:
+    rows: `S`.
+    num_tokens: Of each row.
+    pool: `(N, P)`.
+    repeats: Of each measurement.
+  """
+
+  rows: int
+  num_tokens: int
+  pool: tuple[int, int]
+  repeats: int
+
+
+_QUICK = Sizes(rows=1000, num_tokens=1000, pool=(1 << 16, 64), repeats=5)
+SIZES = {
+  Size.FULL: dataclasses.replace(_QUICK, repeats=20),
+  Size.QUICK: _QUICK,
+  Size.TINY: Sizes(rows=2, num_tokens=18, pool=(32, 8), repeats=1),
+}
 
 
 def commit(ctx: Context, tokens: Array, query_lens: Array) -> Context:
   """All tokens of all rows."""
-  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=TOTAL)
+  metadata = kvcache.step_metadata(ctx, query_lens, num_tokens=tokens.size)
   return kvcache.commit(ctx, tokens, metadata)
 
 
-def measure(is_quick: bool) -> Iterator[Row]:
+def measure(size: Size) -> Iterator[Row]:
   """Yields the rows of this section."""
-  repeats = 5 if is_quick else 20
+  sizes = SIZES[size]
+  S, (N, P) = sizes.rows, sizes.pool
   config = scenes.make_config(S, N, P)
 
   def timed(
     what: str, run, ctx: Context, *arguments: Array, target: float | None = None
   ):
     run = jax.jit(run, donate_argnums=0)
-    value = timing.call_seconds(run, ctx, *arguments, repeats=repeats)
+    value = timing.call_seconds(run, ctx, *arguments, repeats=sizes.repeats)
     row = Row(
       section=TITLE,
       what=what,
@@ -46,17 +67,17 @@ def measure(is_quick: bool) -> Iterator[Row]:
       value=seconds(value, "ms"),
       unit="ms",
       target=target,
-      repeats=repeats,
+      repeats=sizes.repeats,
     )
     return row, run(timing.copy(ctx), *arguments)
 
-  tokens = scenes.prompts(S, NUM_TOKENS)
-  lengths = jnp.full(S, NUM_TOKENS, jnp.int32)
+  tokens = scenes.prompts(S, sizes.num_tokens)
+  lengths = jnp.full(S, sizes.num_tokens, jnp.int32)
   everyone = jnp.ones(S, bool)
-  admit = jax.jit(kvcache.admit, donate_argnums=0)
-  ctx, admission = admit(scenes.empty(config), tokens, lengths)
-  scenes.require_ok(admission.status)
+  ctx = scenes.admitted(scenes.empty(config), tokens, lengths)
 
+  # Room for all tokens of all rows.
+  reserve = functools.partial(kvcache.extend, num_tokens=tokens.size)
   what = "reserve, one extend"
   row, (ctx, status) = timed(what, reserve, ctx, lengths, target=RESERVE_MS)
   scenes.require_ok(status)
@@ -68,7 +89,7 @@ def measure(is_quick: bool) -> Iterator[Row]:
   row, ctx = timed("commit, one step", commit, ctx, tokens.reshape(-1), lengths)
   yield row
 
-  num_full = S * (NUM_TOKENS // scenes.BLOCK_SIZE)
+  num_full = S * (sizes.num_tokens // scenes.BLOCK_SIZE)
   row, published = timed(f"publish {num_full} blocks", kvcache.publish, ctx)
   yield row
   what = "release what is cached, one finish"

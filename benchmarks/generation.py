@@ -1,8 +1,10 @@
 """Tokens per second with a real model, and what of a step is not the model's."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 
+from flax import nnx
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
@@ -10,27 +12,76 @@ import numpy as np
 
 from benchmarks import bookkeeping, timing
 from benchmarks.report import Row, seconds
+from benchmarks.sizes import Size
 import kvcache
 from kvcache import CacheConfig, Context, models, nn, SchedulerConfig, StepMetadata
 
 TITLE = "Generation with SmolLM2-135M, float32"
-CONCURRENCY = (1, 4, 16)
-QUICK_CONCURRENCY = (4,)
-PROMPT_LEN, NUM_NEW, MAX_LEN = 64, 64, 256
-NUM_TIMED = 16
 SCHEDULER = SchedulerConfig(token_budget=128, max_admissions=16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What is measured.
+
+  Attributes:
+    rows: `S`, one after another; as many prompts.
+    prompt_len: Tokens of each prompt.
+    num_new: Tokens that each gets.
+    max_len: Tokens that the cache has room for, of each.
+    steps: That are timed.
+    repeats: Of each measurement.
+  """
+
+  rows: tuple[int, ...]
+  prompt_len: int
+  num_new: int
+  max_len: int
+  steps: int
+  repeats: int
+
+
+_FULL = Sizes(
+  rows=(1, 4, 16), prompt_len=64, num_new=64, max_len=256, steps=16, repeats=8
+)
+SIZES = {
+  Size.FULL: _FULL,
+  Size.QUICK: dataclasses.replace(_FULL, rows=(4,), repeats=4),
+  Size.TINY: Sizes(rows=(2,), prompt_len=8, num_new=4, max_len=32, steps=2, repeats=1),
+}
 
 
 class NoModelError(RuntimeError):
   """The model is not installed."""
 
 
-def load() -> models.Loaded:
-  """The demo model."""
+def load(size: Size) -> models.Loaded:
+  """The demo model, or one of random weights for which nothing is installed."""
+  if size is Size.TINY:
+    return _random_model()
   try:
     return models.load(None)
   except models.LoadError as error:
     raise NoModelError(str(error)) from error
+
+
+def _random_model() -> models.Loaded:
+  config = models.LlamaConfig(
+    vocab_size=256,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+  )
+  return models.Loaded(
+    model=models.Llama(config, rngs=nnx.Rngs(0)),
+    config=config,
+    tokenizer=None,
+    stop_tokens=(),
+    source="random weights",
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -55,27 +106,28 @@ def next_step(ctx: Context) -> tuple[Context, Array, StepMetadata]:
   return ctx, metadata.positions, metadata
 
 
-def measure(is_quick: bool) -> Iterator[Row]:
+def measure(size: Size) -> Iterator[Row]:
   """Yields the rows of this section."""
-  loaded = load()
+  sizes, loaded = SIZES[size], load(size)
   model = nn.as_function(loaded.model)
-  repeats = 4 if is_quick else 8
-  for S in QUICK_CONCURRENCY if is_quick else CONCURRENCY:
-    yield from _measure_one(loaded, model, S, repeats)
+  for S in sizes.rows:
+    yield from _measure_one(loaded, model, S, sizes)
 
 
 def _measure_one(
-  loaded: models.Loaded, model: jax.tree_util.Partial, S: int, repeats: int
+  loaded: models.Loaded, model: jax.tree_util.Partial, S: int, sizes: Sizes
 ) -> Iterator[Row]:
+  repeats, num_new, max_len = sizes.repeats, sizes.num_new, sizes.max_len
   config = CacheConfig(
     layers=loaded.config.cache_layers(),
-    num_blocks=1 + S * MAX_LEN // 16,
+    num_blocks=1 + S * max_len // 16,
     max_seqs=S,
-    max_seq_len=MAX_LEN,
+    max_seq_len=max_len,
   )
   row = functools.partial(Row, section=TITLE, repeats=repeats, sizes=f"{S} prompts")
   rng = np.random.default_rng(S)
-  prompts = rng.integers(100, loaded.config.vocab_size, size=(S, PROMPT_LEN)).tolist()
+  tokens = rng.integers(100, loaded.config.vocab_size, size=(S, sizes.prompt_len))
+  prompts = tokens.tolist()
 
   def rate() -> float:
     """Tokens per second of all requests together; the time includes the prompts."""
@@ -84,7 +136,7 @@ def _measure_one(
       model,
       kvcache.init(config),
       prompts,
-      max_new_tokens=NUM_NEW,
+      max_new_tokens=num_new,
       scheduler=SCHEDULER,
       slice_steps=1000,
       on_slice=slices.append,
@@ -93,14 +145,15 @@ def _measure_one(
     return num_tokens / slices[-1].seconds
 
   rate()  # Compiles.
-  what = f"generate {NUM_NEW} tokens each from prompts of {PROMPT_LEN}"
+  what = f"generate {num_new} tokens each from prompts of {sizes.prompt_len}"
   yield row(what=what, value=max(rate() for _ in range(repeats)), unit="tokens/s")
 
-  num_prefill = 3 + S * PROMPT_LEN // (SCHEDULER.token_budget - S)
-  requests = kvcache.make_requests(prompts, max_new_tokens=MAX_LEN - PROMPT_LEN)
+  num_prefill = 3 + tokens.size // (SCHEDULER.token_budget - S)
+  room = max_len - sizes.prompt_len
+  requests = kvcache.make_requests(prompts, max_new_tokens=room)
   run = functools.partial(bookkeeping.serve_program(SCHEDULER), model=model)
   state = run((kvcache.init(config), requests), jnp.int32(num_prefill))
-  kwargs = {"repeats": repeats, "shortest": 1, "num": NUM_TIMED}
+  kwargs = {"repeats": repeats, "shortest": 1, "num": sizes.steps}
   whole = timing.step_seconds(run, state, **kwargs)
   yield row(what="decode step of serve", value=seconds(whole, "ms"), unit="ms")
   run = functools.partial(model_only, model=model)

@@ -12,6 +12,8 @@ import re
 
 import jax
 
+from benchmarks.sizes import Size
+
 _SCALES = {"us": 1e6, "ms": 1e3, "s": 1.0}
 
 
@@ -62,12 +64,12 @@ class Section:
   Attributes:
     name: For `--only`.
     title: For people.
-    measure: Yields rows; its argument says whether to be quick.
+    measure: Yields rows; its argument says how many and how large.
   """
 
   name: str
   title: str
-  measure: Callable[[bool], Iterable[Row]]
+  measure: Callable[[Size], Iterable[Row]]
 
 
 def device_name() -> str:

@@ -59,6 +59,13 @@ def prompts(num: int, length: int, *, seed: int = 0) -> Array:
   return jnp.asarray(rng.integers(VOCAB, size=(num, length)), jnp.int32)
 
 
+def admitted(ctx: Context, tokens: Array, lengths: Array) -> Context:
+  """Admits `lengths[i]` tokens of each of `tokens [num, length]`."""
+  ctx, status = _admit(ctx, tokens, lengths)
+  require_ok(status)
+  return ctx
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _admit(ctx: Context, tokens: Array, lengths: Array) -> tuple[Context, Array]:
   ctx, admission = kvcache.admit(ctx, tokens, lengths)
@@ -79,8 +86,7 @@ def filled(ctx: Context, tokens: Array, lengths: np.ndarray) -> Context:
 
   The rows of the context must be inactive, and prompt `i` becomes row `i`.
   """
-  ctx, status = _admit(ctx, tokens, jnp.asarray(lengths, jnp.int32))
-  require_ok(status)
+  ctx = admitted(ctx, tokens, jnp.asarray(lengths, jnp.int32))
   cached = np.asarray(ctx.sequences.seq_lens)[: len(lengths)]
   host = np.asarray(tokens)
   packed = np.concatenate(

@@ -74,7 +74,8 @@ def step_seconds(
     after, fresh = _timed(run, fresh, long)
     times.append((before, after))
   before, after = (min(column) for column in zip(*times[1:], strict=True))
-  return max(after - before, 0.0) / num
+  # Of few short steps the difference may be noise, and others divide by it.
+  return max(after - before, 1e-9) / num
 
 
 def steady_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:

@@ -1,6 +1,7 @@
 """The verbs that come and go with sequences, one host call each."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,16 +12,66 @@ import numpy as np
 
 from benchmarks import scenes, timing
 from benchmarks.report import Row, seconds
+from benchmarks.sizes import Size
 import kvcache
 from kvcache import Context
 
 TITLE = "Verbs"
-S, P = 256, 64
-SIZES = (1 << 12, 1 << 16, 1 << 20)
-QUICK_SIZES = (1 << 16,)
-NUM_PROMPTS, PROMPT_LEN = 8, 1000
-NUM_EVICTED = 32
-NUM_PUBLISHED = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What is measured.
+
+  Attributes:
+    rows: `S`.
+    width: `P`.
+    pools: `N`, one after another.
+    num_prompts: That are admitted or forked at once.
+    prompt_len: Tokens of each.
+    num_published: Blocks that are published at once.
+    num_evicted: Blocks that are evicted at once.
+    iterations: Of the longest loop; those of dearer verbs are a part of it.
+    repeats: Of each measurement.
+  """
+
+  rows: int
+  width: int
+  pools: tuple[int, ...]
+  num_prompts: int
+  prompt_len: int
+  num_published: int
+  num_evicted: int
+  iterations: int
+  repeats: int
+
+
+_FULL = Sizes(
+  rows=256,
+  width=64,
+  pools=(1 << 12, 1 << 16, 1 << 20),
+  num_prompts=8,
+  prompt_len=1000,
+  num_published=1000,
+  num_evicted=32,
+  iterations=2048,
+  repeats=15,
+)
+SIZES = {
+  Size.FULL: _FULL,
+  Size.QUICK: dataclasses.replace(_FULL, pools=(1 << 16,), repeats=5),
+  Size.TINY: Sizes(
+    rows=2,
+    width=8,
+    pools=(32,),
+    num_prompts=1,
+    prompt_len=49,
+    num_published=3,
+    num_evicted=2,
+    iterations=64,
+    repeats=1,
+  ),
+}
 
 
 def publish_in_loop(ctx: Context, num: jax.Array) -> Context:
@@ -28,11 +79,11 @@ def publish_in_loop(ctx: Context, num: jax.Array) -> Context:
   return lax.fori_loop(0, num, lambda _, ctx: kvcache.publish(ctx), ctx)
 
 
-def evict_in_loop(ctx: Context, num: jax.Array) -> Context:
+def evict_in_loop(ctx: Context, num: jax.Array, *, num_evicted: int) -> Context:
   """Evicts some blocks per iteration."""
 
   def body(_, ctx: Context) -> Context:
-    return kvcache.evict(ctx, jnp.int32(NUM_EVICTED))[0]
+    return kvcache.evict(ctx, jnp.int32(num_evicted))[0]
 
   return lax.fori_loop(0, num, body, ctx)
 
@@ -49,9 +100,9 @@ def rewind_in_loop(ctx: Context, num: jax.Array) -> Context:
   return lax.fori_loop(0, num, body, ctx)
 
 
-def fork_in_loop(ctx: Context, num: jax.Array) -> Context:
+def fork_in_loop(ctx: Context, num: jax.Array, *, num_rows: int) -> Context:
   """Forks a few rows and ends the branches."""
-  src = jnp.arange(NUM_PROMPTS, dtype=jnp.int32)
+  src = jnp.arange(num_rows, dtype=jnp.int32)
   rows = jnp.arange(ctx.config.max_seqs, dtype=jnp.int32)
 
   def body(_, ctx: Context) -> Context:
@@ -80,15 +131,19 @@ def _settled(ctx: Context) -> Context:
   return jax.jit(kvcache.publish, donate_argnums=0)(ctx)
 
 
-def measure(is_quick: bool) -> Iterator[Row]:
+def measure(size: Size) -> Iterator[Row]:
   """Yields the rows of this section."""
-  repeats = 5 if is_quick else 15
+  wanted = SIZES[size]
+  S, repeats, prompt_len = wanted.rows, wanted.repeats, wanted.prompt_len
+  num_prompts, num_evicted = wanted.num_prompts, wanted.num_evicted
 
   def program(run, **static: Any):
-    return jax.jit(functools.partial(run, **static), donate_argnums=0)
+    # What is jitted elsewhere, too, is compiled once.
+    run = functools.partial(run, **static) if static else run
+    return jax.jit(run, donate_argnums=0)
 
-  for N in QUICK_SIZES if is_quick else SIZES:
-    config = scenes.make_config(S, N, P)
+  for N in wanted.pools:
+    config = scenes.make_config(S, N, wanted.width)
     base = functools.partial(
       Row, section=TITLE, sizes=scenes.label(config), unit="us", repeats=repeats
     )
@@ -113,43 +168,44 @@ def measure(is_quick: bool) -> Iterator[Row]:
     yield called("publish, 1 block per row", program(kvcache.publish), live)
     live = _settled(live)
     yield called("publish, nothing pending", program(kvcache.publish), live)
-    yield looped("publish, nothing pending", program(publish_in_loop), live, num=2048)
-    yield called("rewind, 1 token of each row", program(kvcache.rewind), live, _ones())
-    yield looped("rewind + decode step", program(rewind_in_loop), live, num=512)
+    num = wanted.iterations
+    yield looped("publish, nothing pending", program(publish_in_loop), live, num=num)
+    ones = jnp.ones(S, jnp.int32)
+    yield called("rewind, 1 token of each row", program(kvcache.rewind), live, ones)
+    yield looped("rewind + decode step", program(rewind_in_loop), live, num=num // 4)
     rows = jnp.arange(S, dtype=jnp.int32)
     finish = program(kvcache.finish)
-    yield called("finish, 1 row", finish, live, rows == 7)
+    yield called("finish, 1 row", finish, live, rows == S - 1)
     yield called("finish, all rows", finish, live, rows >= 0)
 
-    # A few live rows of 1000 tokens; as many more rows as are wanted.
-    tokens = scenes.prompts(NUM_PROMPTS, PROMPT_LEN)
-    lengths = np.full(NUM_PROMPTS, PROMPT_LEN)
+    # A few live rows of long prompts; as many more rows as are wanted.
+    tokens = scenes.prompts(num_prompts, prompt_len)
+    lengths = np.full(num_prompts, prompt_len)
     some = _settled(scenes.filled(scenes.empty(config), tokens, lengths))
     sizes = (tokens, jnp.asarray(lengths, jnp.int32))
-    admit, name = program(kvcache.admit), f"{NUM_PROMPTS} prompts of {PROMPT_LEN}"
+    admit, name = program(kvcache.admit), f"{num_prompts} prompts of {prompt_len}"
     yield called(f"admit, {name}, hit", admit, some, *sizes)
-    others = scenes.prompts(NUM_PROMPTS, PROMPT_LEN, seed=1)
+    others = scenes.prompts(num_prompts, prompt_len, seed=1)
     yield called(f"admit, {name}, miss", admit, some, others, sizes[1])
     again = program(admit_in_loop, tokens=tokens)
-    yield looped(f"admit + finish, {name}, hit", again, some, num=32)
-    src = jnp.arange(NUM_PROMPTS, dtype=jnp.int32)
+    num = wanted.iterations // 64
+    yield looped(f"admit + finish, {name}, hit", again, some, num=num)
+    src = jnp.arange(num_prompts, dtype=jnp.int32)
     yield called(f"fork, {name}", program(kvcache.fork), some, src)
-    yield looped(f"fork + finish, {name}", program(fork_in_loop), some, num=32)
+    again = program(fork_in_loop, num_rows=num_prompts)
+    yield looped(f"fork + finish, {name}", again, some, num=num)
 
     # Many blocks to publish, then many to evict.
-    num_rows = -(-NUM_PUBLISHED // (PROMPT_LEN // scenes.BLOCK_SIZE))
-    tokens = scenes.prompts(num_rows, PROMPT_LEN, seed=2)
-    lengths = np.full(num_rows, PROMPT_LEN)
-    lengths[-1] = (NUM_PUBLISHED % (PROMPT_LEN // scenes.BLOCK_SIZE)) * 16
+    num_published, per_row = wanted.num_published, prompt_len // scenes.BLOCK_SIZE
+    num_rows = -(-num_published // per_row)
+    tokens = scenes.prompts(num_rows, prompt_len, seed=2)
+    lengths = np.full(num_rows, prompt_len)
+    lengths[-1] = (num_published - (num_rows - 1) * per_row) * scenes.BLOCK_SIZE
     many = scenes.filled(scenes.empty(config), tokens, lengths)
-    yield called(f"publish, {NUM_PUBLISHED} blocks", program(kvcache.publish), many)
+    yield called(f"publish, {num_published} blocks", program(kvcache.publish), many)
     idle = finish(many, jnp.ones(S, bool))
-    count = jnp.int32(NUM_EVICTED)
-    yield called(f"evict, {NUM_EVICTED} blocks", program(kvcache.evict), idle, count)
-    num = NUM_PUBLISHED // NUM_EVICTED
-    evict = program(evict_in_loop)
-    yield looped(f"evict, {NUM_EVICTED} blocks", evict, idle, num=num)
-
-
-def _ones() -> jax.Array:
-  return jnp.ones(S, jnp.int32)
+    count = jnp.int32(num_evicted)
+    yield called(f"evict, {num_evicted} blocks", program(kvcache.evict), idle, count)
+    num = num_published // num_evicted
+    evict = program(evict_in_loop, num_evicted=num_evicted)
+    yield looped(f"evict, {num_evicted} blocks", evict, idle, num=num)
