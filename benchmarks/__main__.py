@@ -12,6 +12,7 @@ from benchmarks import (
   bookkeeping,
   bulk,
   cascade,
+  checks,
   footprint,
   generation,
   lookup,
@@ -29,6 +30,7 @@ SECTIONS = tuple(
   for module in (
     bookkeeping,
     verbs,
+    checks,
     bulk,
     lookup,
     footprint,
