@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.arg_specs import ArgSpec
+from pallas_kernels.paged_attention.call import Call
 
 Arrays = dict[str, Any]
 
@@ -119,13 +120,11 @@ def run_attention(
   if interpret:
     from pallas_kernels.paged_attention import triton
 
-    options = spec.options | {
-      "sm_scale": spec.sm_scale or spec.head_dim**-0.5,
-      "v_head_dim": spec.v_head_dim or spec.head_dim,
-    }
-    kernel = functools.partial(triton.paged_attention, interpret=True, **options)
-  else:
-    kernel = functools.partial(
-      paged_attention, implementation=implementation, return_lse=True, **spec.options
+    options = spec.options | {"sm_scale": spec.sm_scale or spec.head_dim**-0.5}
+    return lambda arrays: triton.paged_attention(
+      Call(**arrays, max_query_len=most, **options), interpret=True
     )
+  kernel = functools.partial(
+    paged_attention, implementation=implementation, return_lse=True, **spec.options
+  )
   return lambda arrays: kernel(**arrays, max_query_len=most)

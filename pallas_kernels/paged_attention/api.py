@@ -3,12 +3,12 @@
 import functools
 from types import ModuleType
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 
 from pallas_kernels import choice, device
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.call import Call, Outline, Shaped
 from pallas_kernels.paged_attention.work_queue import Plan, plan_rows
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
@@ -79,23 +79,10 @@ def paged_attention(
     ValueError: Shapes, dtypes or options do not fit.
     NotImplementedError: The named implementation cannot serve.
   """
-  _check(q, k, block_tables, seq_lens, cu_seqlens)
-  _check_values(k, v, v_head_dim)
-  _check_scales(k, k_scale, "k_scale")
-  if v is not None:
-    _check_scales(v, v_scale, "v_scale")
-  elif v_scale is not None:
-    raise ValueError("v_scale must be None without v: the values have k_scale")
-  if sinks is not None and sinks.shape != (q.shape[1],):
-    raise ValueError(f"sinks must be [{q.shape[1]}], got {sinks.shape}")
-  if sliding_window is not None and sliding_window < 1:
-    raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
-  if sliding_window is not None and not is_causal:
-    raise ValueError("sliding_window needs is_causal")
-  if logits_soft_cap is not None and not logits_soft_cap > 0:
-    raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-  arguments = (q, k, v, block_tables, seq_lens, cu_seqlens)
-  options = dict(
+  if q.ndim != 3:
+    raise ValueError(f"q must be [T, H, D], got {q.shape}")
+  call = Call(
+    *(q, k, v, block_tables, seq_lens, cu_seqlens),
     sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
     max_query_len=max_query_len,
     is_causal=is_causal,
@@ -104,33 +91,33 @@ def paged_attention(
     sinks=sinks,
     k_scale=k_scale,
     v_scale=v_scale,
-    v_head_dim=v_head_dim or (k if v is None else v).shape[-1],
+    v_head_dim=v_head_dim,
   )
+  _check(call)
 
   def kernel(name: str) -> str | choice.Run:
     backend = _backend(name)
-    if reason := backend.why_not(*arguments[:3], **options):
-      return reason
-    return functools.partial(backend.paged_attention, *arguments, **options, plan=plan)
+    reason = backend.why_not(call)
+    return reason or functools.partial(backend.paged_attention, call, plan=plan)
 
   out, lse = choice.run(
     implementation,
     IMPLEMENTATIONS,
-    fallback=functools.partial(xla.paged_attention, *arguments, **options),
+    fallback=functools.partial(xla.paged_attention, call),
     kernel=kernel,
   )
   return (out, lse) if return_lse else out
 
 
 def plan(
-  k: Array | jax.ShapeDtypeStruct,
-  v: Array | jax.ShapeDtypeStruct | None,
+  k: Shaped,
+  v: Shaped | None,
   seq_lens: Array,
   cu_seqlens: Array,
   *,
   num_tokens: int,
   max_blocks: int,
-  q: Array | jax.ShapeDtypeStruct | None = None,
+  q: Shaped | None = None,
   max_query_len: int | None = None,
   sliding_window: int | None = None,
   implementation: str | None = None,
@@ -160,16 +147,16 @@ def plan(
   if implementation == "xla" or not device.is_gpu():
     return None
   backend = _backend(implementation or "triton")
-  cuts = backend.cuts(
-    k,
-    v,
+  outline = Outline(
     q=q,
+    k=k,
+    v=v,
     num_tokens=num_tokens,
     max_len=max_blocks * k.shape[2],
     max_query_len=max_query_len,
     sliding_window=sliding_window,
   )
-  return plan_rows(seq_lens, cu_seqlens, cuts)
+  return plan_rows(seq_lens, cu_seqlens, backend.cuts(outline))
 
 
 def _backend(name: str) -> ModuleType:
@@ -179,6 +166,42 @@ def _backend(name: str) -> ModuleType:
   else:
     from pallas_kernels.paged_attention import mosaic_sm90 as backend
   return backend
+
+
+def _check(call: Call) -> None:
+  """Whether all fits together, queries `[T, H, D]` given."""
+  q, k, v, num_seqs = call.q, call.k, call.v, call.block_tables.shape[0]
+  if k.ndim != 4 or k.shape[-1] != q.shape[-1]:
+    raise ValueError(f"k must be [N, K, block_size, {q.shape[-1]}], got {k.shape}")
+  if q.shape[1] % k.shape[1]:
+    raise ValueError(f"q has {q.shape[1]} heads, not a multiple of {k.shape[1]}")
+  if call.block_tables.ndim != 2 or call.seq_lens.shape != (num_seqs,):
+    raise ValueError(
+      "block_tables must be [S, P] and seq_lens [S], got"
+      f" {call.block_tables.shape} and {call.seq_lens.shape}"
+    )
+  if call.cu_seqlens.shape != (num_seqs + 1,):
+    raise ValueError(
+      f"cu_seqlens must be [{num_seqs + 1}], got {call.cu_seqlens.shape}"
+    )
+  for name in ("block_tables", "seq_lens"):
+    if (dtype := getattr(call, name).dtype) != jnp.int32:
+      raise ValueError(f"{name} must be int32, got {dtype}")
+  _check_values(k, v, call.v_head_dim)
+  _check_scales(k, call.k_scale, "k_scale")
+  if v is not None:
+    _check_scales(v, call.v_scale, "v_scale")
+  elif call.v_scale is not None:
+    raise ValueError("v_scale must be None without v: the values have k_scale")
+  if call.sinks is not None and call.sinks.shape != (call.num_heads,):
+    raise ValueError(f"sinks must be [{call.num_heads}], got {call.sinks.shape}")
+  window, cap = call.sliding_window, call.logits_soft_cap
+  if window is not None and window < 1:
+    raise ValueError(f"sliding_window must be at least 1, got {window}")
+  if window is not None and not call.is_causal:
+    raise ValueError("sliding_window needs is_causal")
+  if cap is not None and not cap > 0:
+    raise ValueError(f"logits_soft_cap must be positive, got {cap}")
 
 
 def _check_values(k: Array, v: Array | None, v_head_dim: int | None) -> None:
@@ -199,25 +222,3 @@ def _check_scales(pool: Array, scale: Array | None, name: str) -> None:
       raise ValueError(f"{name} is missing for elements of {pool.dtype}")
   elif scale.shape != pool.shape[:-1]:
     raise ValueError(f"{name} must be {pool.shape[:-1]}, got {scale.shape}")
-
-
-def _check(
-  q: Array, k: Array, block_tables: Array, seq_lens: Array, cu_seqlens: Array
-) -> None:
-  if q.ndim != 3:
-    raise ValueError(f"q must be [T, H, D], got {q.shape}")
-  if k.ndim != 4 or k.shape[-1] != q.shape[-1]:
-    raise ValueError(f"k must be [N, K, block_size, {q.shape[-1]}], got {k.shape}")
-  if q.shape[1] % k.shape[1]:
-    raise ValueError(f"q has {q.shape[1]} heads, not a multiple of {k.shape[1]}")
-  num_seqs = block_tables.shape[0]
-  if block_tables.ndim != 2 or seq_lens.shape != (num_seqs,):
-    raise ValueError(
-      f"block_tables must be [S, P] and seq_lens [S], got {block_tables.shape} and"
-      f" {seq_lens.shape}"
-    )
-  if cu_seqlens.shape != (num_seqs + 1,):
-    raise ValueError(f"cu_seqlens must be [{num_seqs + 1}], got {cu_seqlens.shape}")
-  for name, ids in (("block_tables", block_tables), ("seq_lens", seq_lens)):
-    if ids.dtype != jnp.int32:
-      raise ValueError(f"{name} must be int32, got {ids.dtype}")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import mosaic_ring as ring
 from pallas_kernels.paged_attention import mosaic_widening, tuning
+from pallas_kernels.paged_attention.call import Call, Shaped
 from pallas_kernels.paged_attention.mosaic_ring import (
   Layer,
   Piece,
@@ -49,35 +50,15 @@ _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
 def split(
-  q: Array,
-  k: Array,
-  v: Array | None,
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
-  queue: SplitQueue,
-  layer: Layer,
-  *,
-  k_scale: Array | None,
-  v_scale: Array | None,
-  v_head_dim: int,
-  max_queries: int,
-  interpret: Any,
+  call: Call, queue: SplitQueue, layer: Layer, *, max_queries: int, interpret: Any
 ) -> tuple[Array, Array]:
   """Attention of the rows in a queue of pieces.
 
   Args:
-    q: `[T, H, D]`.
-    k: `[N, K, block_size, D]`.
-    v: `[N, K, block_size, Dv]`, or None: the first part of the keys.
-    block_tables: `[S, P]`.
-    seq_lens: `[S]`.
-    cu_seqlens: `[S + 1]`.
+    call: The arguments of `paged_attention`. Without `v`, values are the first part of
+      the keys.
     queue: Pieces in tiles of `TILE` tokens.
     layer: Static facts.
-    k_scale: `[N, K, block_size]`, or None.
-    v_scale: `[N, K, block_size]`, or None.
-    v_head_dim: `Dv`.
     max_queries: Most query tokens of a row in the queue.
     interpret: Parameters of the GPU interpreter, or None.
 
@@ -86,13 +67,14 @@ def split(
     softmax's denominators, `[W, K, columns]`; both in float32. Column
     `token * group + head` is a query of the row.
   """
-  num_tokens, _, head_dim = q.shape
-  num_kv_heads = k.shape[1]
+  q, k, v, v_head_dim = call.q, call.k, call.v, call.value_dim
+  head_dim, num_kv_heads = call.head_dim, call.num_kv_heads
   columns = 8 if max_queries * layer.group <= 8 else MAX_COLUMNS
   setup = settings(k, v)
   _, num_wide, is_small = _stages(k, v)
   place = jnp.arange(max_queries, dtype=jnp.int32)
-  token = jnp.minimum(cu_seqlens[:-1, None] + place[None], num_tokens - 1)
+  token = call.cu_seqlens[:-1, None] + place[None]
+  token = jnp.minimum(token, call.num_tokens - 1)
   rows = q[token].reshape(*token.shape, num_kv_heads, layer.group, head_dim)
   rows = rows.transpose(0, 2, 1, 3, 4).reshape(
     token.shape[0], num_kv_heads, -1, head_dim
@@ -101,17 +83,17 @@ def split(
   shape = (queue.rows.size, num_kv_heads, columns)
   num_programs = min(setup.num_programs, queue.rows.size * num_kv_heads)
 
-  pools = [ring.pool_of(k, k_scale, TILE)]
+  pools = [ring.pool_of(k, call.k_scale, TILE)]
   if v is not None:
     # What is copied into padded tiles must be one piece there: eight rows.
-    max_rows = 8 if v_scale is None and v_head_dim % SQUARE else TILE
-    pools.append(ring.pool_of(v, v_scale, max_rows))
+    max_rows = 8 if call.v_scale is None and v_head_dim % SQUARE else TILE
+    pools.append(ring.pool_of(v, call.v_scale, max_rows))
   inputs = _Inputs(
     q=rows,
     pools=tuple(pools),
-    block_tables=block_tables,
-    seq_lens=seq_lens,
-    cu_seqlens=cu_seqlens,
+    block_tables=call.block_tables,
+    seq_lens=call.seq_lens,
+    cu_seqlens=call.cu_seqlens,
     rows=queue.rows,
     first=queue.first,
     last=queue.last,
@@ -191,7 +173,7 @@ def split(
   )(inputs)
 
 
-def settings(k: Array, v: Array | None) -> Settings:
+def settings(k: Shaped, v: Shaped | None) -> Settings:
   """How the kernel is set up; shapes and dtypes of arrays suffice."""
   num_stages, _, is_small = _stages(k, v)
   default = Settings(
@@ -203,7 +185,7 @@ def settings(k: Array, v: Array | None) -> Settings:
   return tuning.settle("mosaic split", k, v, default)
 
 
-def _stages(k: Array, v: Array | None) -> tuple[int, int, bool]:
+def _stages(k: Shaped, v: Shaped | None) -> tuple[int, int, bool]:
   """Tiles of the rings, and whether they leave room for another program."""
   is_quantised = k.dtype.itemsize == 1
   width = k.shape[-1] + (0 if v is None else ring.pad(v.shape[-1]))

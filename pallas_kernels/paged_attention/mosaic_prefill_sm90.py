@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.paged_attention import mosaic_ring as ring
 from pallas_kernels.paged_attention import mosaic_widening
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.mosaic_ring import (
   Layer,
   Piece,
@@ -56,39 +57,24 @@ def tokens_per_tile(group: int) -> int:
 
 def fill(
   results: tuple[Array, Array] | None,
-  q: Array,
-  k: Array,
-  v: Array,
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
-  sinks: Array | None,
+  call: Call,
   tiles: TileQueue,
   layer: Layer,
   *,
-  k_scale: Array | None,
-  v_scale: Array | None,
   interpret: Any,
 ) -> tuple[Array, Array]:
   """Writes the results of the rows in a queue into those of the others.
 
   Args:
     results: `out [T, H, D]` and `lse [T, H]` of other rows, or None.
-    q: `[T, H, D]`.
-    k: `[N, K, block_size, D]`.
-    v: `[N, K, block_size, D]`.
-    block_tables: `[S, P]`.
-    seq_lens: `[S]`.
-    cu_seqlens: `[S + 1]`.
-    sinks: `[H]`, or None.
+    call: The arguments of `paged_attention`, values as wide as keys.
     tiles: Of `tokens_per_tile` tokens.
     layer: Static facts.
-    k_scale: `[N, K, block_size]`, or None.
-    v_scale: `[N, K, block_size]`, or None.
     interpret: Parameters of the GPU interpreter, or None.
   """
+  q, cu_seqlens, sinks = call.q, call.cu_seqlens, call.sinks
   num_tokens, num_heads, head_dim = q.shape
-  num_kv_heads, group = k.shape[1], layer.group
+  num_kv_heads, group = call.num_kv_heads, call.group
   num_tiles, per_warpgroup = tiles.rows.size, _ROWS // group
   padding = _ROWS - per_warpgroup * group
   if results is None:
@@ -108,11 +94,7 @@ def fill(
   if sinks is not None:  # of each query of a warpgroup
     sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2_E
     sinks = sinks[:, jnp.arange(_ROWS) % group]
-  tile = tile_of(head_dim)
-  pools = ring.pool_of(k, k_scale, tile), ring.pool_of(v, v_scale, tile)
-  out, lse = _attend(
-    queries, pools, block_tables, seq_lens, cu_seqlens, sinks, tiles, layer, interpret
-  )
+  out, lse = _attend(queries, sinks, call, tiles, layer, interpret)
 
   def by_token(x: Array) -> Array:
     """`[W * tokens, H, ...]`."""
@@ -130,25 +112,30 @@ def fill(
 
 def _attend(
   q: Array,
-  pools: tuple[Pool, Pool],
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
   sinks: Array | None,
+  call: Call,
   tiles: TileQueue,
   layer: Layer,
   interpret: Any,
 ) -> tuple[Array, Array]:
-  """Results `[W, K, 2, 64, D]`, and `[W, K, 2, 64]` in float32."""
+  """Results `[W, K, 2, 64, D]`, and `[W, K, 2, 64]` in float32.
+
+  `q` and `sinks` are as warpgroups have them, see `_Inputs`.
+  """
   num_tiles, num_kv_heads, _, _, head_dim = q.shape
   tile = tile_of(head_dim)
+  assert call.v is not None
+  pools = (
+    ring.pool_of(call.k, call.k_scale, tile),
+    ring.pool_of(call.v, call.v_scale, tile),
+  )
   num_programs = min(NUM_PROGRAMS, num_tiles * num_kv_heads)
   inputs = _Inputs(
     q=q,
     pools=pools,
-    block_tables=block_tables,
-    seq_lens=seq_lens,
-    cu_seqlens=cu_seqlens,
+    block_tables=call.block_tables,
+    seq_lens=call.seq_lens,
+    cu_seqlens=call.cu_seqlens,
     rows=tiles.rows,
     first=tiles.first,
     num_tiles=jnp.sum(tiles.rows >= 0, dtype=jnp.int32, keepdims=True),

@@ -13,26 +13,18 @@ from jax import Array
 from pallas_kernels.paged_attention import mosaic_decode_sm90 as decode
 from pallas_kernels.paged_attention import mosaic_prefill_sm90 as prefill
 from pallas_kernels.paged_attention import triton, work_queue
+from pallas_kernels.paged_attention.call import Call, Outline
 from pallas_kernels.paged_attention.mosaic_ring import Layer
 from pallas_kernels.paged_attention.work_queue import Plan, Splits, Tiles
 
 
-def why_not(
-  q: Array,
-  k: Array,
-  v: Array | None,
-  *,
-  sm_scale: float,
-  max_query_len: int | None,
-  is_causal: bool,
-  k_scale: Array | None,
-  v_head_dim: int,
-  **_: Any,
-) -> str | None:
+def why_not(call: Call) -> str | None:
   """Says why this backend cannot serve such arguments; None if it can."""
+  q, k, v, v_head_dim = call.q, call.k, call.v, call.value_dim
+  group, max_query_len = call.group, call.max_query_len
   if q.dtype.name not in ("bfloat16", "float16"):
     return f"q must be bfloat16 or float16, got {q.dtype}"
-  is_quantised = k_scale is not None
+  is_quantised = call.k_scale is not None
   for name, x in (("k", k), ("v", v)):
     if x is not None and (x.dtype.itemsize > 1 if is_quantised else x.dtype != q.dtype):
       kinds = "int8 or float8" if is_quantised else q.dtype
@@ -45,13 +37,12 @@ def why_not(
       return f"{name} must be one of {widths} with {k.dtype}, got {width}"
   # Copies of scales end where 128 bytes begin.
   sizes = (32, 64, 128) if is_quantised else (8, 16, 32, 64, 128)
-  if k.shape[2] not in sizes:
-    return f"block_size must be one of {sizes} with {k.dtype}, got {k.shape[2]}"
-  if not is_causal:
+  if call.block_size not in sizes:
+    return f"block_size must be one of {sizes} with {k.dtype}, got {call.block_size}"
+  if not call.is_causal:
     return "it needs is_causal"
-  if not sm_scale > 0:
-    return f"sm_scale must be positive, got {sm_scale}"
-  group = q.shape[1] // k.shape[1]
+  if not call.sm_scale > 0:
+    return f"sm_scale must be positive, got {call.sm_scale}"
   if group > prefill.MAX_GROUP:
     return f"a kv head must have at most {prefill.MAX_GROUP} heads, got {group}"
   if _has_chunks(group, max_query_len) and (v is None or k.shape[-1] != v_head_dim):
@@ -63,120 +54,63 @@ def why_not(
 
 
 def paged_attention(
-  q: Array,
-  k: Array,
-  v: Array | None,
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
-  *,
-  sm_scale: float,
-  max_query_len: int | None = None,
-  sliding_window: int | None = None,
-  logits_soft_cap: float | None = None,
-  sinks: Array | None = None,
-  k_scale: Array | None = None,
-  v_scale: Array | None = None,
-  v_head_dim: int,
-  plan: Plan | None = None,
-  interpret: Any = None,
-  **_: Any,
+  call: Call, *, plan: Plan | None = None, interpret: Any = None
 ) -> tuple[Array, Array]:
   """Causal attention of packed queries over paged keys and values.
 
-  See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
-  are its `out` and `lse`. `interpret` holds parameters of the GPU interpreter, or None.
+  See `pallas_kernels.paged_attention.paged_attention`, whose `out` and `lse` are the
+  results. `interpret` holds parameters of the GPU interpreter, or None.
   """
-  group = q.shape[1] // k.shape[1]
   layer = Layer(
-    group=group,
-    sm_scale=sm_scale,
-    sliding_window=sliding_window,
-    logits_soft_cap=logits_soft_cap,
+    group=call.group,
+    sm_scale=call.sm_scale,
+    sliding_window=call.sliding_window,
+    logits_soft_cap=call.logits_soft_cap,
     is_interpreted=interpret is not None,
   )
-  splits, *tiles = cuts(
-    k,
-    v,
-    q=q,
-    num_tokens=q.shape[0],
-    max_len=block_tables.shape[1] * k.shape[2],
-    max_query_len=max_query_len,
-    sliding_window=sliding_window,
-  )
+  rows = call.seq_lens, call.cu_seqlens
+  splits, *tiles = cuts(call.outline)
   results = None
   if splits.max_queries:
-    queue = work_queue.split_rows(
-      seq_lens, cu_seqlens, plan=plan, **dataclasses.asdict(splits)
-    )
+    queue = work_queue.split_rows(*rows, plan=plan, **dataclasses.asdict(splits))
     parts = decode.split(
-      *(q, k, v, block_tables, seq_lens, cu_seqlens),
-      queue,
-      layer,
-      k_scale=k_scale,
-      v_scale=v_scale,
-      v_head_dim=v_head_dim,
-      max_queries=splits.max_queries,
-      interpret=interpret,
+      call, queue, layer, max_queries=splits.max_queries, interpret=interpret
     )
     results = triton.combine(
       *parts,
       queue,
-      sinks,
-      group=group,
-      dtype=q.dtype,
+      call.sinks,
+      group=call.group,
+      dtype=call.q.dtype,
       interpret=interpret is not None,
     )
   for cut in tiles:
-    assert v is not None
-    work = work_queue.tile_rows(
-      seq_lens, cu_seqlens, plan=plan, **dataclasses.asdict(cut)
-    )
+    work = work_queue.tile_rows(*rows, plan=plan, **dataclasses.asdict(cut))
     if work.rows.size:
-      results = prefill.fill(
-        results,
-        *(q, k, v, block_tables, seq_lens, cu_seqlens),
-        sinks,
-        work,
-        layer,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        interpret=interpret,
-      )
+      results = prefill.fill(results, call, work, layer, interpret=interpret)
   assert results is not None
   return results
 
 
-def cuts(
-  k: Array,
-  v: Array | None,
-  *,
-  q: Array | None,
-  num_tokens: int,
-  max_len: int,
-  max_query_len: int | None,
-  sliding_window: int | None,
-) -> tuple[Splits, *tuple[Tiles, ...]]:
-  """How rows are cut; shapes and dtypes of arrays suffice.
-
-  Without `q`, how rows are cut in a decode step.
-  """
-  group = 1 if q is None else q.shape[1] // k.shape[1]
+def cuts(outline: Outline) -> tuple[Splits, *tuple[Tiles, ...]]:
+  """How rows are cut; without `q`, how they are cut in a decode step."""
+  k, v = outline.k, outline.v
+  group, max_query_len = outline.group, outline.max_query_len
   settings = decode.settings(k, v)
   max_queries = _max_split_queries(group, max_query_len)
   splits = Splits(
-    num_tokens=num_tokens,
-    max_len=max_len,
+    num_tokens=outline.num_tokens,
+    max_len=outline.max_len,
     max_queries=max_queries,
     tile_kv=settings.tile_kv,
     min_tiles=max(1, settings.min_split // settings.tile_kv),
-    max_splits=min(64, max(4, settings.num_programs // k.shape[1])),
-    sliding_window=sliding_window,
+    max_splits=min(64, max(4, settings.num_programs // outline.num_kv_heads)),
+    sliding_window=outline.sliding_window,
   )
-  if q is None or v is None or not _has_chunks(group, max_query_len):
+  if outline.q is None or v is None or not _has_chunks(group, max_query_len):
     return (splits,)
   tiles = Tiles(
-    num_tokens=num_tokens,
+    num_tokens=outline.num_tokens,
     group=group,
     min_queries=max_queries + 1,
     tile_q=prefill.tokens_per_tile(group) * group,

@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels import device
 from pallas_kernels.paged_attention import tuning, work_queue
+from pallas_kernels.paged_attention.call import Call, Outline, Shaped
 from pallas_kernels.paged_attention.triton_walk import (
   Layer,
   LOG2_E,
@@ -54,11 +55,10 @@ _MAX_OFFSET = 2**31
 """Offsets, in elements, are 32-bit and signed in arrays of up to 4 GiB, else 64-bit."""
 
 
-def why_not(
-  q: Array, k: Array, v: Array | None, *, v_head_dim: int, **_: Any
-) -> str | None:
+def why_not(call: Call) -> str | None:
   """Says why this backend cannot serve such arguments; None if it can."""
-  for name, width in (("head_dim", q.shape[-1]), ("v_head_dim", v_head_dim)):
+  q, k, v = call.q, call.k, call.v
+  for name, width in (("head_dim", call.head_dim), ("v_head_dim", call.value_dim)):
     if width % 16 or width > 1024:
       return f"{name} must be a multiple of 16 up to 1024, got {width}"
   if q.dtype.name not in _FLOATS:
@@ -72,65 +72,39 @@ def why_not(
 
 
 def paged_attention(
-  q: Array,
-  k: Array,
-  v: Array | None,
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
-  *,
-  sm_scale: float,
-  max_query_len: int | None = None,
-  is_causal: bool = True,
-  sliding_window: int | None = None,
-  logits_soft_cap: float | None = None,
-  sinks: Array | None = None,
-  k_scale: Array | None = None,
-  v_scale: Array | None = None,
-  v_head_dim: int,
-  plan: Plan | None = None,
-  interpret: bool = False,
+  call: Call, *, plan: Plan | None = None, interpret: bool = False
 ) -> tuple[Array, Array]:
   """Causal attention of packed queries over paged keys and values.
 
-  See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
-  are its `out` and `lse`. `interpret` runs the kernels' bodies on any device.
+  See `pallas_kernels.paged_attention.paged_attention`, whose `out` and `lse` are the
+  results. `interpret` runs the kernels' bodies on any device.
   """
-  num_heads, head_dim = q.shape[1:]
-  num_kv_heads, block_size = k.shape[1:3]
-  group = num_heads // num_kv_heads
-  splits, *tiles = cuts(
-    k,
-    v,
-    q=q,
-    num_tokens=q.shape[0],
-    max_len=block_tables.shape[1] * block_size,
-    max_query_len=max_query_len,
-    sliding_window=sliding_window,
-  )
+  q, k, v = call.q, call.k, call.v
+  seq_lens, cu_seqlens = call.seq_lens, call.cu_seqlens
+  splits, *tiles = cuts(call.outline)
   layer = Layer(
-    num_kv_heads=num_kv_heads,
-    group=group,
-    block_size=block_size,
-    key_parts=_parts(head_dim),
-    value_parts=_parts(v_head_dim),
+    num_kv_heads=call.num_kv_heads,
+    group=call.group,
+    block_size=call.block_size,
+    key_parts=_parts(call.head_dim),
+    value_parts=_parts(call.value_dim),
     dtype=_operand_dtype(q, k, v),
-    stored=None if k_scale is None else k.dtype,
+    stored=None if call.k_scale is None else k.dtype,
     has_float8=device.has_float8(),
     settings=_settings("split", k, v),
-    is_causal=is_causal,
-    sm_scale=sm_scale,
-    sliding_window=sliding_window,
-    logits_soft_cap=logits_soft_cap,
+    is_causal=call.is_causal,
+    sm_scale=call.sm_scale,
+    sliding_window=call.sliding_window,
+    logits_soft_cap=call.logits_soft_cap,
   )
   memory = Memory(
-    q=q.reshape(-1, head_dim),
+    q=q.reshape(-1, call.head_dim),
     k=_flat(k),
     v=None if v is None else _flat(v),
-    k_scale=None if k_scale is None else k_scale.reshape(-1),
-    v_scale=None if v_scale is None else v_scale.reshape(-1),
-    sinks=None if sinks is None else sinks.astype(jnp.float32),
-    block_tables=block_tables,
+    k_scale=None if call.k_scale is None else call.k_scale.reshape(-1),
+    v_scale=None if call.v_scale is None else call.v_scale.reshape(-1),
+    sinks=None if call.sinks is None else call.sinks.astype(jnp.float32),
+    block_tables=call.block_tables,
     seq_lens=seq_lens,
     cu_seqlens=cu_seqlens,
   )
@@ -141,7 +115,7 @@ def paged_attention(
     memory, queue, layer, max_queries=splits.max_queries, interpret=interpret
   )
   results = combine(
-    *parts, queue, memory.sinks, group=group, dtype=q.dtype, interpret=interpret
+    *parts, queue, memory.sinks, group=call.group, dtype=q.dtype, interpret=interpret
   )
   for cut in tiles:
     work = work_queue.tile_rows(
@@ -155,36 +129,30 @@ def paged_attention(
   return results
 
 
-def cuts(
-  k: Array,
-  v: Array | None,
-  *,
-  q: Array | None,
-  num_tokens: int,
-  max_len: int,
-  max_query_len: int | None,
-  sliding_window: int | None,
-) -> tuple[Splits, *tuple[Tiles, ...]]:
-  """How rows are cut; shapes and dtypes of arrays suffice.
+def cuts(outline: Outline) -> tuple[Splits, *tuple[Tiles, ...]]:
+  """How rows are cut.
 
   Without `q`, how rows with few queries are cut if a kv head has up to 8 query heads;
   in a decode step, however many it has.
   """
-  num_kv_heads = k.shape[1]
-  group = 1 if q is None else q.shape[1] // num_kv_heads
+  q, k, v = outline.q, outline.k, outline.v
+  num_tokens, group = outline.num_tokens, outline.group
+  max_query_len = outline.max_query_len
   max_queries = max(1, min(_MAX_QUERIES, _MAX_TILE_Q // group, num_tokens))
   if max_query_len is not None:
     max_queries = min(max_queries, max_query_len)
   settings = _settings("split", k, v)
   splits = Splits(
     num_tokens=num_tokens,
-    max_len=max_len,
+    max_len=outline.max_len,
     max_queries=max_queries,
     tile_kv=settings.tile_kv,
     min_tiles=max(1, settings.min_split // settings.tile_kv),
     # All programs have work as soon as there is one long row.
-    max_splits=min(64, max(4, settings.num_programs // (num_kv_heads * max_queries))),
-    sliding_window=sliding_window,
+    max_splits=min(
+      64, max(4, settings.num_programs // (outline.num_kv_heads * max_queries))
+    ),
+    sliding_window=outline.sliding_window,
   )
   if q is None or (max_query_len is not None and max_query_len <= max_queries):
     return (splits,)
@@ -418,7 +386,7 @@ def _power_of_two(least_size: int, *, least: int = 16) -> int:
   return max(least, 1 << (least_size - 1).bit_length())
 
 
-def _operand_dtype(q: Array, k: Array, v: Array | None) -> np.dtype:
+def _operand_dtype(q: Shaped, k: Shaped, v: Shaped | None) -> np.dtype:
   """What products are computed in: quantised elements are exact in any type of `q`."""
   dtypes = {q.dtype}
   if k.dtype.itemsize > 1:
@@ -433,7 +401,7 @@ def _flat(pool: Array) -> Array:
   return flat if has_room or pool.size <= _MAX_OFFSET else pairs(flat)
 
 
-def _settings(kernel: str, k: Array, v: Array | None) -> Settings:
+def _settings(kernel: str, k: Shaped, v: Shaped | None) -> Settings:
   """How a kernel is set up."""
   max_tile_q = _MAX_TILE_Q
   if (k if v is None else v).shape[-1] > 256:
@@ -449,7 +417,7 @@ def _settings(kernel: str, k: Array, v: Array | None) -> Settings:
   return tuning.settle(f"triton {kernel}", k, v, default)
 
 
-def _tile_kv(k: Array, v: Array | None, max_tile_q: int) -> tuple[int, int]:
+def _tile_kv(k: Shaped, v: Shaped | None, max_tile_q: int) -> tuple[int, int]:
   """Tokens per tile, and stages of the pipeline."""
   per_token = sum(x.shape[-1] * x.dtype.itemsize for x in (k, v) if x is not None)
   choices = ((3, 64), (2, 64), (3, 32), (2, 32), (2, 16))

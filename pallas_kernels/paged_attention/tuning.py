@@ -16,9 +16,8 @@ import functools
 import json
 from pathlib import Path
 
-from jax import Array
-
 from pallas_kernels import device
+from pallas_kernels.paged_attention.call import Shaped
 
 PATH = Path(__file__).with_name("tuned.json")
 KERNELS = ("triton split", "triton fill", "mosaic split")
@@ -52,13 +51,13 @@ _trial: contextvars.ContextVar[tuple[str, Mapping[str, int]]] = contextvars.Cont
 )
 
 
-def shape_class(k: Array, v: Array | None) -> str:
+def shape_class(k: Shaped, v: Shaped | None) -> str:
   """What settings are looked up by: a token's elements, such as `128x128 bfloat16`."""
   values = "latent" if v is None else str(v.shape[-1])
   return f"{k.shape[-1]}x{values} {k.dtype.name}"
 
 
-def settle(kernel: str, k: Array, v: Array | None, default: Settings) -> Settings:
+def settle(kernel: str, k: Shaped, v: Shaped | None, default: Settings) -> Settings:
   """The settings of a kernel: what was measured, where it was, in place of `default`.
 
   Args:

@@ -14,6 +14,8 @@ from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.paged_attention.call import Call
+
 NEG = float(np.finfo(np.float32).min) / 2
 """Logit of masked positions: finite, so that rows without any K/V stay free of NaN."""
 
@@ -23,39 +25,20 @@ _TILE_Q = 16
 
 # Compiled once where it is called outside `jax.jit`: its loop's body is a new function
 # in each call, which XLA would compile anew.
-@functools.partial(
-  jax.jit,
-  static_argnames=("max_query_len", "is_causal", "sliding_window", "v_head_dim"),
-  inline=True,
-)
-def paged_attention(
-  q: Array,
-  k: Array,
-  v: Array | None,
-  block_tables: Array,
-  seq_lens: Array,
-  cu_seqlens: Array,
-  *,
-  sm_scale: float,
-  max_query_len: int | None = None,
-  is_causal: bool = True,
-  sliding_window: int | None = None,
-  logits_soft_cap: float | None = None,
-  sinks: Array | None = None,
-  k_scale: Array | None = None,
-  v_scale: Array | None = None,
-  v_head_dim: int,
-) -> tuple[Array, Array]:
+@functools.partial(jax.jit, inline=True)
+def paged_attention(call: Call) -> tuple[Array, Array]:
   """Causal attention of packed queries over paged keys and values.
 
-  See `pallas_kernels.paged_attention.paged_attention` for the arguments; the results
-  are its `out` and `lse`.
+  See `pallas_kernels.paged_attention.paged_attention`, whose `out` and `lse` are the
+  results.
   """
+  q, v, block_tables, cu_seqlens = call.q, call.v, call.block_tables, call.cu_seqlens
+  seq_lens, sliding_window = call.seq_lens, call.sliding_window
+  k_scale, v_scale, cap = call.k_scale, call.v_scale, call.logits_soft_cap
   num_tokens, num_heads, head_dim = q.shape
-  _, num_kv_heads, block_size, _ = k.shape
+  num_kv_heads, group, block_size = call.num_kv_heads, call.group, call.block_size
   num_seqs, max_blocks = block_tables.shape
-  group = num_heads // num_kv_heads
-  tile_q = 1 if max_query_len == 1 else min(_TILE_Q, num_tokens)
+  tile_q = 1 if call.max_query_len == 1 else min(_TILE_Q, num_tokens)
   blocks_per_tile = max(1, min(_TILE_KV // block_size, max_blocks))
   tile_kv = blocks_per_tile * block_size
 
@@ -86,7 +69,7 @@ def paged_attention(
   # Position of query token `t` of row `s`: seq_len - query_len + (t - cu_seqlens[s]).
   shift = (seq_lens - cu_seqlens[1:])[rows]
   positions = tokens + shift[:, None]
-  if not is_causal:
+  if not call.is_causal:
     positions = jnp.broadcast_to(seq_lens[rows][:, None] - 1, positions.shape)
   is_query = (tokens < cu_seqlens[rows + 1][:, None]) & is_live[:, None]
   kv_lens = jnp.max(jnp.where(is_query, positions + 1, 0), axis=1)
@@ -130,17 +113,20 @@ def paged_attention(
       is_needed &= kv_positions >= begin[:, None]
       mask &= kv_positions[:, None] > query_positions[:, :, None] - sliding_window
 
-    keys = elements(gather(k, ids), k_scale)
-    values = keys[..., :v_head_dim] if v is None else elements(gather(v, ids), v_scale)
+    keys = elements(gather(call.k, ids), k_scale)
+    if v is None:
+      values = keys[..., : call.v_head_dim]
+    else:
+      values = elements(gather(v, ids), v_scale)
     values = jnp.where(is_needed[:, None, :, None], values, jnp.zeros((), values.dtype))
     logits = jnp.einsum(
       "nkqd,nktd->nkqt", queries, keys, preferred_element_type=jnp.float32
     )
     if k_scale is not None:
       logits = logits * gather(k_scale, ids)[:, :, None]
-    logits = logits * sm_scale
-    if logits_soft_cap is not None:
-      logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    logits = logits * call.sm_scale
+    if cap is not None:
+      logits = cap * jnp.tanh(logits / cap)
     logits = jnp.where(mask[:, None], logits, NEG)
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
     scale = jnp.exp(top - new_top)
@@ -159,11 +145,11 @@ def paged_attention(
     return index + 1, acc * scale[..., None] + part, new_top, total
 
   shape = (num_tiles, num_kv_heads, tile_q * group)
-  if sinks is None:
+  if call.sinks is None:
     top, total = jnp.full(shape, NEG, jnp.float32), jnp.zeros(shape, jnp.float32)
   else:
     # A sink is a logit that is always seen and has no value.
-    top = sinks.astype(jnp.float32).reshape(1, num_kv_heads, 1, group)
+    top = call.sinks.astype(jnp.float32).reshape(1, num_kv_heads, 1, group)
     top = jnp.broadcast_to(top, (*shape[:2], tile_q, group)).reshape(shape)
     total = jnp.ones(shape, jnp.float32)
   num_steps = (kv_lens + (tile_kv - 1)) // tile_kv
@@ -174,7 +160,7 @@ def paged_attention(
   _, acc, top, total = lax.while_loop(
     lambda state: state[0] < num_steps,
     step,
-    (jnp.int32(0), jnp.zeros((*shape, v_head_dim), jnp.float32), top, total),
+    (jnp.int32(0), jnp.zeros((*shape, call.value_dim), jnp.float32), top, total),
   )
   is_empty = total == 0.0
   out = acc / jnp.where(is_empty, 1.0, total)[..., None]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import paged_attention, ssm
 from pallas_kernels.paged_attention import mosaic_sm90
+from pallas_kernels.paged_attention.call import Call
 from tests.hostile.table import area, WrongUse, zeros
 
 FLOAT, INT = jnp.float32, jnp.int32
@@ -47,8 +48,8 @@ def convolution(x=(4, 3), weight=(3, 4), state=(2, 3, 3), **options):
 def on_hopper(block_size):
   k = jax.ShapeDtypeStruct((6, 1, block_size, 64), jnp.bfloat16)
   q = jax.ShapeDtypeStruct((2, 2, 64), jnp.bfloat16)
-  options = {"sm_scale": 0.125, "max_query_len": 1, "is_causal": True}
-  return mosaic_sm90.why_not(q, k, k, k_scale=None, v_head_dim=64, **options)
+  ids = (jax.ShapeDtypeStruct(shape, INT) for shape in ((2, 3), (2,), (3,)))
+  return mosaic_sm90.why_not(Call(q, k, k, *ids, sm_scale=0.125, max_query_len=1))
 
 
 row = area("Kernels")

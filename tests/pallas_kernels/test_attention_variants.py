@@ -16,6 +16,7 @@ import pytest
 import kvcache
 from kvcache.parts import kv
 from pallas_kernels.paged_attention import paged_attention, reference, xla
+from pallas_kernels.paged_attention.call import Call
 from tests.verbs.test_attention import Batch, BLOCK, CHUNKS, D, K, LENGTHS, S
 
 GROUP = 2
@@ -87,7 +88,9 @@ def test_variants_agree_with_the_plain_reference(chunks, variant, store):
   out, lse = fast(*args, **options, max_query_len=batch.max_query_len)
   live = batch.live
   q = jnp.where(live[:, None, None], args[0], 0.0)
-  want, want_lse = reference.paged_attention(q, *args[1:], sm_scale=D**-0.5, **options)
+  want, want_lse = reference.paged_attention(
+    Call(q, *args[1:], sm_scale=D**-0.5, **options)
+  )
   assert np.isfinite(want[live]).all()
   np.testing.assert_allclose(out[live], want[live], rtol=5e-5, atol=5e-6)
   np.testing.assert_allclose(lse[live], want_lse[live], rtol=5e-5, atol=5e-6)

@@ -18,6 +18,7 @@ from pallas_kernels.paged_attention import (
   tuning,
 )
 from pallas_kernels.paged_attention.arg_specs import named
+from pallas_kernels.paged_attention.call import Call
 from tests.aot import deviceless
 
 # Of what jax offers, only this says whether the detector found anything, and starts
@@ -102,15 +103,15 @@ def quantised(args, kv_dtype):
   return (q, *stored, tables, lens, starts), dict(zip(names, scales, strict=False))
 
 
-def interpreted(args, *, v_head_dim=None, **options):
+def interpreted(args, **options):
   """Runs the kernels, which must have no races."""
-  run = functools.partial(
-    mosaic_sm90.paged_attention,
-    sm_scale=args[0].shape[-1] ** -0.5,
-    v_head_dim=v_head_dim or args[2].shape[-1],
-    interpret=plgpu.InterpretGPUParams(detect_races=True),
-    **options,
-  )
+
+  def run(*args):
+    return mosaic_sm90.paged_attention(
+      Call(*args, sm_scale=args[0].shape[-1] ** -0.5, **options),
+      interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+
   with deviceless.gpu():
     out, lse = jax.jit(run)(*args)
   assert not interpreter.get_races().races_found
@@ -126,7 +127,7 @@ def check(args, *, max_query_len=None, **options):
       pool = reference.dequantise(pools[i], options.pop(name))
       pools[i] = pool.astype(q.dtype)
   want, want_lse = reference.paged_attention(
-    *(q, *pools, tables, lens, starts), sm_scale=q.shape[-1] ** -0.5, **options
+    Call(q, *pools, tables, lens, starts, sm_scale=q.shape[-1] ** -0.5, **options)
   )
   out, want = (np.asarray(x, np.float32) for x in (out, want))
   assert np.isfinite(want).all()

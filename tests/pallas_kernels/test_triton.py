@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention import (
   triton_walk,
 )
 from pallas_kernels.paged_attention.arg_specs import named
+from pallas_kernels.paged_attention.call import Call
 from tests.aot import deviceless
 from tests.pallas_kernels.test_attention_variants import (
   arguments,
@@ -48,15 +49,9 @@ def small_pieces(monkeypatch):
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def interpreted(q, k, v, *ids, v_head_dim=None, **options):
-  v_head_dim = v_head_dim or v.shape[-1]
-  return triton.paged_attention(
-    *(q, k, v, *ids),
-    sm_scale=q.shape[-1] ** -0.5,
-    v_head_dim=v_head_dim,
-    interpret=True,
-    **options,
-  )
+def interpreted(q, k, v, *ids, **options):
+  call = Call(q, k, v, *ids, sm_scale=q.shape[-1] ** -0.5, **options)
+  return triton.paged_attention(call, interpret=True)
 
 
 def check(batch, args, options, *, tolerance=5e-6):
@@ -64,9 +59,8 @@ def check(batch, args, options, *, tolerance=5e-6):
   out, lse = interpreted(*args, **options, max_query_len=batch.max_query_len)
   live = batch.live
   q = jnp.where(live[:, None, None], args[0], 0.0)
-  want, want_lse = reference.paged_attention(
-    q, *args[1:], sm_scale=q.shape[-1] ** -0.5, **options
-  )
+  call = Call(q, *args[1:], sm_scale=q.shape[-1] ** -0.5, **options)
+  want, want_lse = reference.paged_attention(call)
   assert out.dtype == args[0].dtype and np.isfinite(want[live]).all()
   out, want = (x.astype(jnp.float32) for x in (out, want))
   np.testing.assert_allclose(out[live], want[live], rtol=10 * tolerance, atol=tolerance)

@@ -13,6 +13,7 @@ from benchmarks.gpu import tune
 from benchmarks.gpu.watch import Begun
 from pallas_kernels.paged_attention import mosaic_sm90, triton, tuning
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
+from pallas_kernels.paged_attention.call import Outline
 from tests.aot import deviceless
 
 FIELDS = {field.name for field in dataclasses.fields(tuning.Settings)}
@@ -71,11 +72,11 @@ def test_what_was_measured_on_a_kind_of_device_holds_there_alone(monkeypatch):
 
 def test_kernels_cut_rows_by_their_settings():
   k, v = pools("llama-3-8b")
-  sizes = {"num_tokens": 4, "max_len": 4096, "max_query_len": 1}
+  outline = Outline(q=None, k=k, v=v, num_tokens=4, max_len=4096, max_query_len=1)
   changes = {"min_split": 1024, "num_programs": 528}
   for kernel, backend in (("triton split", triton), ("mosaic split", mosaic_sm90)):
     with tuning.trying(kernel, changes):
-      (cut,) = backend.cuts(k, v, q=None, sliding_window=None, **sizes)
+      (cut,) = backend.cuts(outline)
     assert (cut.tile_kv, cut.min_tiles, cut.max_splits) == (64, 16, 64)
 
 

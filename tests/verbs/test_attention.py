@@ -16,6 +16,7 @@ import pytest
 
 import kvcache
 from pallas_kernels.paged_attention import paged_attention, reference, xla
+from pallas_kernels.paged_attention.call import Call
 from tests.fixtures import small
 
 S, P, N, K, BLOCK, D = 8, 64, 256, 2, 4, 8
@@ -126,7 +127,8 @@ def test_the_reference_beside_the_kernel_says_the_same():
   batch = Batch(2, chunks=[0, 1, 3, 0, 17, 0, 0, 0], seed=2)
   # The reference is for memory that holds no NaN.
   clean = [jnp.nan_to_num(x) for x in batch.arguments[:3]]
-  want, _ = reference.paged_attention(*clean, *batch.arguments[3:], sm_scale=D**-0.5)
+  call = Call(*clean, *batch.arguments[3:], sm_scale=D**-0.5)
+  want, _ = reference.paged_attention(call)
   np.testing.assert_allclose(batch.kernel(), want, rtol=2e-5, atol=2e-6)
   np.testing.assert_allclose(want, batch.exact(), rtol=2e-5, atol=2e-6)
 

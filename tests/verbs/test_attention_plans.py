@@ -13,6 +13,7 @@ from kvcache import AttentionLayer, CacheConfig
 from kvcache.verbs import attention_plans
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention import triton, work_queue
+from pallas_kernels.paged_attention.call import Call
 from tests.aot import deviceless
 from tests.verbs.test_attention import Batch, CHUNKS
 
@@ -129,27 +130,26 @@ def test_there_is_no_plan_where_there_is_no_gpu():
 
 @jax.jit
 def attention(*args, plan):
-  return triton.paged_attention(
-    *args, sm_scale=0.1, v_head_dim=32, plan=plan, interpret=True
-  )
+  return triton.paged_attention(Call(*args, sm_scale=0.1), plan=plan, interpret=True)
 
 
 def test_a_plan_changes_nothing_and_one_of_other_shapes_is_no_use():
   batch = Batch(2, chunks=CHUNKS, head_dim=32)
-  q, k, v, tables, lens, starts = batch.arguments
-  cuts = functools.partial(
-    triton.cuts, k, v, q=q, num_tokens=q.shape[0], max_query_len=None
-  )
-  max_len = tables.shape[1] * k.shape[2]
-  fitting = cuts(max_len=max_len, sliding_window=None)
+  *_, lens, starts = batch.arguments
+  outline = Call(*batch.arguments, sm_scale=0.1).outline
+
+  def cuts(**changes):
+    return triton.cuts(dataclasses.replace(outline, **changes))
+
+  fitting = cuts()
   assert len(fitting) == 2
   nothing = jnp.zeros_like(lens)
   want = attention(*batch.arguments, plan=None)
   for seq_lens, made_with, is_same in [
     (lens, fitting, True),
     (nothing, fitting, False),  # it is used
-    (nothing, cuts(max_len=max_len + 8, sliding_window=None), True),
-    (nothing, cuts(max_len=max_len, sliding_window=8), True),
+    (nothing, cuts(max_len=outline.max_len + 8), True),
+    (nothing, cuts(sliding_window=8), True),
   ]:
     if made_with is not fitting:
       made_with = made_with[:1]
