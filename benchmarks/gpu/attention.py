@@ -9,8 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from benchmarks.gpu import layout as gpu_layout
-from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import layout, peers
 from benchmarks.gpu.batch import Arrays, Batch, make_batch, run_attention
 from benchmarks.gpu.loop import begin_to_compile, Chain, num_turns, Timer
 from benchmarks.gpu.rows import failed, IMPLEMENTATIONS, Row, Run
@@ -46,7 +45,7 @@ def _begin_checks(run: Run, spec: ArgSpec, pool: ThreadPoolExecutor) -> list[Any
       batch = make_batch(spec, rows, is_decode=is_decode)
       ours = [(by, _attention_of(batch, by, run)) for by in run.implementations]
       if spec.name.startswith("llama-3-8b") and not run.interpret:
-        ours += gpu_peers.serving(batch)
+        ours += peers.serving(batch)
       ours = [(by, make) for by, make in ours if run.wants("check", what, by)]
       if not ours or not run.wants("check", what, "xla"):
         continue
@@ -133,7 +132,7 @@ def time_decode(run: Run) -> Iterator[Row]:
       continue
     candidates = [(by, _attention_of(batch, by, run)) for by in run.implementations]
     if not run.interpret:
-      candidates += gpu_peers.serving(batch)
+      candidates += peers.serving(batch)
     yield from time_candidates("decode", what, batch, candidates, num_bytes, run)
 
 
@@ -147,7 +146,7 @@ def time_layouts(run: Run) -> Iterator[Row]:
     except Exception as problem:
       yield failed("layout", what, "", problem)
       continue
-    candidates = list(gpu_layout.candidates(batch, interpret=run.interpret))
+    candidates = list(layout.candidates(batch, interpret=run.interpret))
     yield from time_candidates("layout", what, batch, candidates, num_bytes, run)
 
 
@@ -228,7 +227,7 @@ def begin_timers(
 
   def lower(by: str, make: Any) -> Any:
     arrays, call = make()
-    turns = gpu_peers.turns(batch, by, num)
+    turns = peers.turns(batch, by, num)
     turns = turns or _turns(batch, arrays["block_tables"], num)
     chain = attention_chain(arrays, call, turns, estimate)
     return Timer(chain, run.sizes.seconds).lower().compile

@@ -15,8 +15,7 @@ from pathlib import Path
 import sys
 import time
 
-from benchmarks.gpu import table as gpu_table
-from benchmarks.gpu import worker as gpu_worker
+from benchmarks.gpu import table, worker
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.table import Facts
 from benchmarks.gpu.watch import Begun, LostError, watch
@@ -29,7 +28,7 @@ _GRACE = 20.0
 
 
 def measure(
-  task: Task, work: Callable[..., None] = gpu_worker.work
+  task: Task, work: Callable[..., None] = worker.work
 ) -> Iterator[Row | Facts]:
   """Rows of the sections of a task, and first what they depend on.
 
@@ -92,7 +91,7 @@ def _without(task: Task, section: str) -> Task:
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs everything; ends with an error if a comparison failed."""
-  names = [section.name for section in gpu_worker.SECTIONS]
+  names = [section.name for section in worker.SECTIONS]
   parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
   parser.add_argument(
     "--dry-run", action="store_true", help="tiny shapes, interpreted, on any device"
@@ -121,12 +120,12 @@ def main(arguments: list[str] | None = None) -> None:
   for found in measure(task):
     if not isinstance(found, Row):
       facts = found
-      old = gpu_table.load(options.out, facts) if options.only else []
+      old = table.load(options.out, facts) if options.only else []
       continue
     rows.append(found)
-    print(f"{time.monotonic() - start:5.0f} s {gpu_table.line(found)}", flush=True)
+    print(f"{time.monotonic() - start:5.0f} s {table.line(found)}", flush=True)
     if facts is not None:
-      paths = gpu_table.save(gpu_table.merged(old, rows), options.out, facts)
+      paths = table.save(table.merged(old, rows), options.out, facts)
   for path in paths:
     print(f"wrote {path}")
   if bad := [f"{row.section} {row.what}" for row in rows if row.is_bad]:

@@ -26,7 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import loop as gpu_loop
+from benchmarks.gpu import loop
 from benchmarks.gpu.batch import Arrays, Batch, make_batch, run_attention
 from benchmarks.gpu.watch import (
   Begun,
@@ -182,7 +182,7 @@ class Case:
 
   def _begin_trial(self, changes: Changes, pool: ThreadPoolExecutor) -> list[Programs]:
     """Programs of each batch, being compiled."""
-    begin = functools.partial(gpu_loop.begin_to_compile, pool=pool)
+    begin = functools.partial(loop.begin_to_compile, pool=pool)
     with tuning.trying(self.kernel, changes):
       return [
         (
@@ -218,7 +218,7 @@ class Case:
     run = jax.jit(lambda arrays: call(arrays)[0].astype(jnp.float32))
     return run.lower(batch.arrays)
 
-  def _timer(self, batch: Batch) -> gpu_loop.Timer:
+  def _timer(self, batch: Batch) -> loop.Timer:
     call, names = self._call(batch), {"q", "block_tables"}
     tables = batch.arrays["block_tables"]
     turns = [tables + i * batch.blocks_per_copy for i in range(batch.num_copies)]
@@ -228,14 +228,14 @@ class Case:
       rest = q[..., out.shape[-1] :]  # of latent layers
       return lax.concatenate([out, rest], 2) if rest.size else out
 
-    chain = gpu_loop.Chain(
+    chain = loop.Chain(
       step=step,
       state=batch.arrays["q"],
       constants={name: x for name, x in batch.arrays.items() if name not in names},
       turns=turns,
       estimate=max(5e-6, _num_bytes(batch) / 2e12, _num_flops(batch) / 400e12),
     )
-    return gpu_loop.Timer(chain, self.sizes.seconds)
+    return loop.Timer(chain, self.sizes.seconds)
 
 
 def _num_bytes(batch: Batch) -> int:
@@ -262,7 +262,7 @@ def _batches(
       num_bytes = sum(stored for stored, _ in rows) * spec.bytes_per_token
       copies = 1
       if is_decode and not sizes.interpret:
-        copies = gpu_loop.num_turns(num_bytes)
+        copies = loop.num_turns(num_bytes)
       yield make_batch(spec, rows, is_decode=is_decode, num_copies=copies)
 
 

@@ -5,10 +5,7 @@ import dataclasses
 import time
 
 from benchmarks import report
-from benchmarks.gpu import attention as gpu_attention
-from benchmarks.gpu import bookkeeping as gpu_bookkeeping
-from benchmarks.gpu import serve as gpu_serve
-from benchmarks.gpu import ssm as gpu_ssm
+from benchmarks.gpu import attention, bookkeeping, serve, ssm
 from benchmarks.gpu import torch as gpu_torch
 from benchmarks.gpu.loop import call_seconds, Chain, copy_chain, matmul_chain
 from benchmarks.gpu.rows import failed, Row, Run, Section
@@ -72,17 +69,15 @@ def measure_device(run: Run) -> Iterator[Row]:
 
 SECTIONS = (
   Section(name="device", measure=measure_device),
-  Section(name="check", measure=lambda run: gpu_attention.check(run, run.sizes.first)),
-  Section(name="decode", measure=gpu_attention.time_decode),
-  Section(name="bookkeeping", measure=gpu_bookkeeping.time_steps),
-  Section(name="prefill", measure=gpu_attention.time_prefill),
-  Section(name="states", measure=gpu_ssm.measure),
-  Section(name="layout", measure=gpu_attention.time_layouts),
-  Section(name="serve", measure=gpu_serve.time_serve, seconds=100.0),
-  Section(name="recorded", measure=gpu_bookkeeping.time_recorded),
-  Section(
-    name="check-rest", measure=lambda run: gpu_attention.check(run, run.sizes.rest)
-  ),
+  Section(name="check", measure=lambda run: attention.check(run, run.sizes.first)),
+  Section(name="decode", measure=attention.time_decode),
+  Section(name="bookkeeping", measure=bookkeeping.time_steps),
+  Section(name="prefill", measure=attention.time_prefill),
+  Section(name="states", measure=ssm.measure),
+  Section(name="layout", measure=attention.time_layouts),
+  Section(name="serve", measure=serve.time_serve, seconds=100.0),
+  Section(name="recorded", measure=bookkeeping.time_recorded),
+  Section(name="check-rest", measure=lambda run: attention.check(run, run.sizes.rest)),
   # Last, since it compiles for as long as it likes.
   Section(name="torch", measure=gpu_torch.time_decode, seconds=20.0),
 )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import peers
 from benchmarks.gpu import torch as gpu_torch
 from benchmarks.gpu.batch import make_batch, run_attention
 from pallas_kernels.paged_attention.arg_specs import named
@@ -25,7 +25,7 @@ def batch():
 def test_peers_serve_plain_decode_steps_alone():
   def names(name, **settings):
     batch = make_batch(named(name), [(5, 1)], **settings)
-    return [peer for peer, _ in gpu_peers.serving(batch)]
+    return [peer for peer, _ in peers.serving(batch)]
 
   assert names("llama-3-8b", is_decode=True) == ["jax paged_attention", "cuDNN"]
   assert names("llama-3-8b", is_decode=False) == []
@@ -35,7 +35,7 @@ def test_peers_serve_plain_decode_steps_alone():
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
 def test_the_kernel_of_jax_is_lowered(batch):
-  arrays, run = dict(gpu_peers.serving(batch))["jax paged_attention"]()
+  arrays, run = dict(peers.serving(batch))["jax paged_attention"]()
   assert "triton" in deviceless.lower(run, arrays).as_text()
 
 
@@ -45,14 +45,14 @@ def test_the_kernel_of_cudnn_is_lowered(batch, monkeypatch):
   for name in ("check_cudnn_version", "check_is_flash_attention"):
     monkeypatch.setattr(module, name, lambda *_, **__: 91_500)
   monkeypatch.setattr(module, "check_compute_capability", lambda *_: True)
-  arrays, run = dict(gpu_peers.serving(batch))["cuDNN"]()
+  arrays, run = dict(peers.serving(batch))["cuDNN"]()
   assert "__cudnn$fmhaSoftmax" in deviceless.lower(run, arrays).as_text()
 
 
 def test_pools_of_their_own_hold_the_same_rows(batch):
   """What cuDNN is handed gives, in XLA, the result of the batch."""
-  turns = gpu_peers.turns(batch, "cuDNN", 3)
-  assert gpu_peers.turns(batch, "jax paged_attention", 3) is None
+  turns = peers.turns(batch, "cuDNN", 3)
+  assert peers.turns(batch, "jax paged_attention", 3) is None
   assert turns[0] is turns[2]
   run = jax.jit(run_attention(batch, "xla"))
   tables = batch.arrays["block_tables"]

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import sizes as gpu_sizes
-from benchmarks.gpu import ssm as gpu_ssm
+from benchmarks.gpu import sizes, ssm
 from benchmarks.gpu.rows import Run
 from tests.aot import deviceless
 
@@ -17,12 +16,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
-  monkeypatch.setattr(gpu_ssm, "IMPLEMENTATIONS", ("triton",))
-  monkeypatch.setattr(gpu_ssm, "CHECKED", (1, 20, 0, 2))
-  monkeypatch.setattr(gpu_ssm, "DRAFTS", (4, 1, 0, 2))
+  monkeypatch.setattr(ssm, "IMPLEMENTATIONS", ("triton",))
+  monkeypatch.setattr(ssm, "CHECKED", (1, 20, 0, 2))
+  monkeypatch.setattr(ssm, "DRAFTS", (4, 1, 0, 2))
 
 
-RUN = Run(sizes=gpu_sizes.TINY, interpret=True)
+RUN = Run(sizes=sizes.TINY, interpret=True)
 
 
 def one_millisecond(chain, seconds):
@@ -37,48 +36,48 @@ def one_millisecond(chain, seconds):
 
 
 def test_a_dry_run_checks_and_times(monkeypatch):
-  monkeypatch.setattr(gpu_ssm, "call_seconds", one_millisecond)
-  rows = list(gpu_ssm.measure(RUN))
+  monkeypatch.setattr(ssm, "call_seconds", one_millisecond)
+  rows = list(ssm.measure(RUN))
   checks, times = rows[:5], rows[5:]
   assert {row.section for row in checks} == {"check"}
   assert all(0 < row.error < 0.05 and not row.is_bad for row in checks)
   assert [row.section for row in times] == ["ssd step", "conv1d step", "ssd prompt"]
-  assert times[0].num_bytes == 2 * 2 * gpu_ssm.TINY.ssd_bytes
+  assert times[0].num_bytes == 2 * 2 * ssm.TINY.ssd_bytes
   assert times[0].rate == pytest.approx(times[0].num_bytes / 1e6)
 
 
 def test_a_wrong_result_is_bad(monkeypatch):
-  monkeypatch.setattr(gpu_ssm, "OPERATIONS", ("conv1d",))
-  monkeypatch.setattr(gpu_ssm, "_error", lambda got, want: float("nan"))
-  rows = list(gpu_ssm.check([gpu_ssm.TINY], RUN))
+  monkeypatch.setattr(ssm, "OPERATIONS", ("conv1d",))
+  monkeypatch.setattr(ssm, "_error", lambda got, want: float("nan"))
+  rows = list(ssm.check([ssm.TINY], RUN))
   assert rows and all(row.is_bad for row in rows)
 
 
 def test_a_failure_is_a_row(monkeypatch):
-  monkeypatch.setattr(gpu_ssm, "check", lambda *args, **kwargs: iter(()))
+  monkeypatch.setattr(ssm, "check", lambda *args, **kwargs: iter(()))
 
   def fail(chain, seconds):
     raise KeyError(seconds)
 
-  monkeypatch.setattr(gpu_ssm, "call_seconds", fail)
-  rows = list(gpu_ssm.measure(RUN))
+  monkeypatch.setattr(ssm, "call_seconds", fail)
+  rows = list(ssm.measure(RUN))
   assert [row.what for row in rows] == [
     *("tiny, 2 rows", "tiny, 2 rows", "tiny, 1 x 40 tokens")
   ]
   assert all(row.is_bad and row.error.startswith("KeyError") for row in rows)
 
 
-@pytest.mark.parametrize("operation", gpu_ssm.OPERATIONS)
+@pytest.mark.parametrize("operation", ssm.OPERATIONS)
 def test_what_is_timed_is_lowered_for_a_gpu(operation):
-  batch = gpu_ssm.make_batch(
-    gpu_ssm.TINY, (1,) * 4, operation=operation, is_decode=True, num_layers=2
+  batch = ssm.make_batch(
+    ssm.TINY, (1,) * 4, operation=operation, is_decode=True, num_layers=2
   )
   run = batch.run("triton", interpret=False)
   assert "triton" in deviceless.lower(run, **batch.arrays).as_text()
 
 
 def test_states_stand_anywhere_but_never_in_the_null_state():
-  batch = gpu_ssm.make_batch(gpu_ssm.TINY, (3, 0, 1), operation="ssd", num_entries=3)
+  batch = ssm.make_batch(ssm.TINY, (3, 0, 1), operation="ssd", num_entries=3)
   write = np.asarray(batch.arrays["write_ids"])
   kept = write[write < 10]
   assert len(set(kept)) == len(kept) == 4 and kept.min() > 0

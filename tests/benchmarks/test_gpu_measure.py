@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import attention as gpu_attention
-from benchmarks.gpu import layout as gpu_layout
-from benchmarks.gpu import measure as gpu
-from benchmarks.gpu import sizes as gpu_sizes
-from benchmarks.gpu import ssm as gpu_ssm
-from benchmarks.gpu import table as gpu_table
-from benchmarks.gpu import watch as gpu_watch
-from benchmarks.gpu import worker as gpu_worker
+from benchmarks.gpu import attention, layout, measure, sizes, ssm, table, watch, worker
 from benchmarks.gpu.batch import make_batch
 from benchmarks.gpu.loop import call_seconds, Chain, num_turns
 from benchmarks.gpu.rows import failed, Row, Run, Section
@@ -27,18 +20,34 @@ from benchmarks.gpu.worker import Finished, Task
 from pallas_kernels.choice import NotServedError
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 
-DRY = Run(sizes=gpu_sizes.TINY, interpret=True)
+DRY = Run(sizes=sizes.TINY, interpret=True)
 
 
 def row(section, by, us=None, *, what="llama, 64 rows, 9 tokens", **more):
   return Row(section=section, what=what, by=by, microseconds=us, **more)
 
 
+@pytest.fixture
+def hasty_worker(monkeypatch):
+  """A worker is a new process, which would know of no program compiled before.
+
+  What it compiles need not be fast: it runs a few times.
+  """
+  settings = {
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  }
+  for name, value in settings.items():
+    monkeypatch.setenv(name, value)
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
+@pytest.mark.usefixtures("hasty_worker")
 def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
-  gpu.main(["--dry-run", "--minutes", "60", "--out", str(tmp_path)])
-  (data,), (table,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
-  data, table = json.loads(data.read_text("utf-8")), table.read_text("utf-8")
+  measure.main(["--dry-run", "--minutes", "60", "--out", str(tmp_path)])
+  (data,), (page,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
+  data, page = json.loads(data.read_text("utf-8")), page.read_text("utf-8")
   rows = data["rows"]
   assert not any(row["is_bad"] for row in rows)
   assert [(row["section"], row["by"]) for row in rows] == [
@@ -48,11 +57,11 @@ def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
     ("bookkeeping", "serve, no model"),
     ("bookkeeping", "extend, metadata, commit"),
     ("prefill", "triton"),
-    *[("check", by) for by in gpu_ssm.IMPLEMENTATIONS * 5],
-    *[("ssd step", by) for by in gpu_ssm.IMPLEMENTATIONS],
-    *[("conv1d step", by) for by in gpu_ssm.IMPLEMENTATIONS],
-    *[("ssd prompt", by) for by in gpu_ssm.IMPLEMENTATIONS],
-    *[("layout", by) for by in ("triton", gpu_layout.NHD)],
+    *[("check", by) for by in ssm.IMPLEMENTATIONS * 5],
+    *[("ssd step", by) for by in ssm.IMPLEMENTATIONS],
+    *[("conv1d step", by) for by in ssm.IMPLEMENTATIONS],
+    *[("ssd prompt", by) for by in ssm.IMPLEMENTATIONS],
+    *[("layout", by) for by in ("triton", layout.NHD)],
     ("serve", "no model"),
     *[("serve", "triton, scanned layers")] * 2,
     ("bookkeeping", "serve, no model, loops recorded"),
@@ -63,7 +72,7 @@ def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
   assert len(checks) == 12 and all(row["error"] < 0.05 for row in checks)
   (other,) = (row for row in unmeasured if row["by"].endswith("loops recorded"))
   assert "recorded on a GPU alone" in other["error"]
-  assert table.count("\n| ") == len(rows) + 2 + len(data["targets"]) + 2
+  assert page.count("\n| ") == len(rows) + 2 + len(data["targets"]) + 2
   assert "wrote" in capsys.readouterr().out
 
 
@@ -103,8 +112,8 @@ def test_each_call_reads_a_copy_of_its_own_and_the_result_of_the_last(name):
     seen.append((np.asarray(arrays["block_tables"]), np.asarray(arrays["q"])))
     return arrays["q"][..., : batch.spec.v_head_dim] + 1, None
 
-  turns = gpu_attention._turns(batch, batch.arrays["block_tables"], 3)
-  chain = gpu_attention.attention_chain(batch.arrays, call, turns, 1.0)
+  turns = attention._turns(batch, batch.arrays["block_tables"], 3)
+  chain = attention.attention_chain(batch.arrays, call, turns, 1.0)
   state = chain.state
   for turn in chain.turns:
     state = chain.step(state, chain.constants, turn)
@@ -119,7 +128,7 @@ def test_each_call_reads_a_copy_of_its_own_and_the_result_of_the_last(name):
 def test_both_layouts_give_the_same_result():
   batch = make_batch(named("qwen-2.5-0.5b"), [(70, 1), (5, 1)], is_decode=True)
   results = []
-  for _, make in gpu_layout.candidates(batch, interpret=True):
+  for _, make in layout.candidates(batch, interpret=True):
     arrays, run = make()
     results.append(np.asarray(jax.jit(run)(arrays)[0], np.float32))
   ours, other = results
@@ -129,14 +138,14 @@ def test_both_layouts_give_the_same_result():
 
 def test_a_wrong_result_ends_the_run_with_an_error(tmp_path, monkeypatch):
   rows = [row("check", "triton", error=1.0), row("check", "y", what="x", is_bad=True)]
-  monkeypatch.setattr(gpu, "measure", lambda task: iter(rows))
+  monkeypatch.setattr(measure, "measure", lambda task: iter(rows))
   with pytest.raises(SystemExit, match="1 of 2 rows are wrong or failed: check x"):
-    gpu.main(["--dry-run", "--out", str(tmp_path)])
+    measure.main(["--dry-run", "--out", str(tmp_path)])
 
 
 def test_numbers_that_differ_from_xla_are_bad(monkeypatch):
-  monkeypatch.setitem(gpu_attention.TOLERANCE, "bfloat16", 0.0)
-  rows = list(gpu_attention.check(DRY, DRY.sizes.first))
+  monkeypatch.setitem(attention.TOLERANCE, "bfloat16", 0.0)
+  rows = list(attention.check(DRY, DRY.sizes.first))
   assert [row.is_bad for row in rows] == [True, True]
 
 
@@ -155,10 +164,10 @@ def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, 
   def run_attention(batch, by, interpret=False):
     return exact(batch, by) if by == "xla" else fail
 
-  exact = gpu_attention.run_attention
-  monkeypatch.setattr(gpu_attention, "run_attention", run_attention)
-  rows = list(gpu_attention.check(DRY, DRY.sizes.first))
-  rows += gpu_attention.time_decode(DRY)
+  exact = attention.run_attention
+  monkeypatch.setattr(attention, "run_attention", run_attention)
+  rows = list(attention.check(DRY, DRY.sizes.first))
+  rows += attention.time_decode(DRY)
   assert [row.is_bad for row in rows] == [is_bad] * 3
   assert all(("not served: never" in row.error) != is_bad for row in rows)
   assert all(("Traceback" in (row.details or "")) == is_bad for row in rows)
@@ -166,7 +175,7 @@ def test_what_is_not_served_is_a_row_and_a_failure_is_bad(monkeypatch, problem, 
 
 def test_what_is_compared_with_is_exact():
   batch = make_batch(named("qwen-2.5-0.5b"), [(70, 1)], is_decode=True)
-  run = gpu_attention.exactly(batch)
+  run = attention.exactly(batch)
   text = jax.jit(run).lower(batch.in_float32().arrays).as_text()
   products = [line for line in text.splitlines() if "dot_general" in line]
   assert products and all("HIGHEST, HIGHEST" in line for line in products)
@@ -174,7 +183,7 @@ def test_what_is_compared_with_is_exact():
 
 def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
   now = iter(range(100))
-  monkeypatch.setattr(gpu_worker.time, "monotonic", lambda: next(now))
+  monkeypatch.setattr(worker.time, "monotonic", lambda: next(now))
 
   def slow(run):
     for _ in range(9):
@@ -188,9 +197,9 @@ def test_nothing_is_begun_when_the_time_is_up(monkeypatch):
     return tuple(Section(name=n, measure=m, seconds=s) for n, m, s in pairs)
 
   pairs = (("broken", broken, 1), ("other", slow, 1), ("slow", slow, 1))
-  monkeypatch.setattr(gpu_worker, "SECTIONS", sections(*pairs, ("late", slow, 5)))
+  monkeypatch.setattr(worker, "SECTIONS", sections(*pairs, ("late", slow, 5)))
   task = Task(sections=("broken", "slow", "late"), is_dry=True, seconds=6.0)
-  found = list(gpu_worker.measure(DRY, task))
+  found = list(worker.measure(DRY, task))
   rows = [message for message in found if isinstance(message, Row)]
   assert [(r.section, r.what.split()[0], r.error or "") for r in rows] == [
     ("broken", "all", "KeyError: 'no such thing'"),
@@ -230,7 +239,7 @@ def bad_work(send, task):
 
 def test_what_hangs_or_dies_is_named_and_the_rest_goes_on():
   task = Task(sections=("a", "b", "c", "d"), is_dry=True, seconds=60.0)
-  facts, *rows = gpu.measure(task, bad_work)
+  facts, *rows = measure.measure(task, bad_work)
   assert facts == {"device": "made up"}
   found = [(*row.key, row.error) for row in rows]
   good = {(s, what, "good", None) for s in "abd" for what in "xy"}
@@ -252,9 +261,9 @@ def silent(send, task):
 
 
 def test_a_worker_that_says_nothing_is_cut_short(monkeypatch):
-  monkeypatch.setattr(gpu, "_GRACE", 0.0)
+  monkeypatch.setattr(measure, "_GRACE", 0.0)
   task = Task(sections=("a", "b"), is_dry=True, seconds=0.3)
-  rows = list(gpu.measure(task, silent))
+  rows = list(measure.measure(task, silent))
   assert [(row.section, row.error) for row in rows] == [
     ("a", "cut short"),
     ("a", "left out: 0 s are left"),
@@ -269,17 +278,17 @@ def test_a_worker_ends_when_the_device_is_lost(monkeypatch):
   def lost(x):
     raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
 
-  gpu_watch.check_alive()
-  monkeypatch.setattr(gpu_watch.os, "_exit", stop)
-  monkeypatch.setattr(gpu_watch.jax, "block_until_ready", lost)
+  watch.check_alive()
+  monkeypatch.setattr(watch.os, "_exit", stop)
+  monkeypatch.setattr(watch.jax, "block_until_ready", lost)
   broken = failed("decode", "x", "mosaic", RuntimeError("ILLEGAL_ADDRESS"))
-  monkeypatch.setattr(gpu_worker, "measure", lambda run, task: iter([broken]))
+  monkeypatch.setattr(worker, "measure", lambda run, task: iter([broken]))
   sent = []
   with pytest.raises(SystemExit, match="1"):
-    gpu_worker.work(sent.append, Task(sections=("decode",), is_dry=True, seconds=9.0))
+    worker.work(sent.append, Task(sections=("decode",), is_dry=True, seconds=9.0))
   assert sent[1:] == [broken, Begun(name=broken.key)]
   task = Task(sections=("decode",), is_dry=True, seconds=9.0, rows=(broken,))
-  blamed, left = gpu._blame(task, broken.key, LostError("died of code 1"))
+  blamed, left = measure._blame(task, broken.key, LostError("died of code 1"))
   assert blamed.error == "died of code 1 after RuntimeError: ILLEGAL_ADDRESS"
   assert blamed.details == broken.details and left.lost == {("decode", "mosaic")}
 
@@ -287,12 +296,12 @@ def test_a_worker_ends_when_the_device_is_lost(monkeypatch):
 def test_a_later_run_of_some_sections_keeps_the_rows_of_others(tmp_path):
   facts = {"device": "x", "jax": "1", "date": "today", "quick": False}
   old = [row("check", "triton", error=math.nan, is_bad=True), row("decode", "y", 2.0)]
-  gpu_table.save(old, tmp_path, facts)
-  loaded = gpu_table.load(tmp_path, facts)
+  table.save(old, tmp_path, facts)
+  loaded = table.load(tmp_path, facts)
   assert [r.key for r in loaded] == [r.key for r in old] and loaded[0].error == "nan"
   new = row("decode", "y", 1.0)
-  assert gpu_table.merged(loaded, [new]) == [loaded[0], new]
-  assert gpu_table.load(tmp_path, facts | {"jax": "2"}) == []
+  assert table.merged(loaded, [new]) == [loaded[0], new]
+  assert table.load(tmp_path, facts | {"jax": "2"}) == []
   assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
 
 
@@ -311,7 +320,7 @@ def test_rows_are_compared_with_peers_of_the_same_shape():
   verdict = found["decode: 1.0 of FlashInfer"]
   assert (verdict.word, verdict.worst) == ("met", 9 / 8)
   assert found["decode: 1.3 of jax"].word == "not measured"
-  cells = gpu_table.cells(ours, rows)
+  cells = table.cells(ours, rows)
   assert cells[6:11] == ["", "1.20", "0.90", "", ""]
 
 
@@ -348,7 +357,7 @@ def test_targets_are_met_or_missed():
 
 def test_without_a_gpu_it_says_so():
   with pytest.raises(SystemExit, match="needs a GPU"):
-    gpu.main([])
+    measure.main([])
 
 
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
@@ -370,16 +379,16 @@ def test_batches_have_the_shapes_of_their_spec(spec):
 
 
 def test_ragged_rows_hold_as_much_as_uniform_ones():
-  lengths = gpu_sizes.ragged(64, 4096)
+  lengths = sizes.ragged(64, 4096)
   assert abs(sum(lengths) / (64 * 4096) - 1) < 0.01
   assert max(lengths) > 20 * min(lengths)
 
 
 def test_everything_is_compared_once_and_what_is_timed_exists():
-  sizes = gpu_sizes.FULL
-  assert sorted(s.name for s in sizes.first + sizes.rest) == sorted(
+  full = sizes.FULL
+  assert sorted(s.name for s in full.first + full.rest) == sorted(
     s.name for s in ARG_SPECS
   )
-  for name, lengths in sizes.decode + sizes.layout + sizes.torch:
+  for name, lengths in full.decode + full.layout + full.torch:
     assert named(name) and len(lengths) in (1, 16, 64, 256)
-  assert set(sizes.torch) <= set(sizes.decode)
+  assert set(full.torch) <= set(full.decode)
