@@ -16,6 +16,7 @@ from benchmarks.gpu.loop import call_seconds, Chain, num_turns
 from benchmarks.gpu.rows import failed, Row, Run
 from pallas_kernels import ssm
 from pallas_kernels.ssm.arg_specs import ARG_SPECS, ArgSpec, named
+from pallas_kernels.ssm.rows import Rows
 
 IMPLEMENTATIONS = ("xla", "triton")
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -61,9 +62,16 @@ class Batch:
     if interpret and by == "triton":
       from pallas_kernels.ssm import triton
 
-      kernel = functools.partial(getattr(triton, name), interpret=True)
-    else:
-      kernel = functools.partial(getattr(ssm, name), implementation=by)
+      kernel = functools.partial(
+        getattr(triton, name), interpret=True, max_query_len=self.max_query_len
+      )
+
+      def run(**arrays: Any) -> Any:
+        rows = Rows(**{x: arrays.pop(x) for x in Rows._fields})
+        return kernel(**arrays, rows=rows)
+
+      return run
+    kernel = functools.partial(getattr(ssm, name), implementation=by)
     return functools.partial(kernel, max_query_len=self.max_query_len)
 
   def in_float32(self) -> dict[str, Any]:

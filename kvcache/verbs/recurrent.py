@@ -32,6 +32,14 @@ from kvcache.verbs.sharding import Split
 from kvcache.verbs.stepping import locate_state, state_ids
 from pallas_kernels import ssm
 
+type _Inputs = dict[str, Array | None]
+_AXES = {
+  **dict.fromkeys(("weight", "bias", "a", "d"), 0),
+  **dict.fromkeys(("x", "dt", "state"), 1),
+  "pool": 2,
+}
+"""Of the heads or channels that devices share, by argument."""
+
 
 def step_conv1d(
   ctx: Context,
@@ -65,29 +73,9 @@ def step_conv1d(
       state or the step.
     NotImplementedError: The named implementation cannot serve.
   """
-  ctx = as_context(ctx)
-  _check_tokens(x, metadata)
-  split = sharding.split(metadata.head_axes)
-  at = functools.partial(split.spec, x.shape[1])
-  read_ids, write_ids = state_ids(ctx, metadata)
-  y, pool = _over(
-    split,
-    functools.partial(
-      ssm.step_conv1d,
-      max_query_len=1 if metadata.is_decode else None,
-      implementation=implementation,
-    ),
-    out_specs=(at(axis=1), at(axis=2)),
-    x=(x, at(axis=1)),
-    weight=(weight, at(axis=0)),
-    bias=(bias, at(axis=0)),
-    pool=(_pool(ctx, name), at(axis=2)),
-    layer=(locate_state(ctx.config, layer), P()),
-    read_ids=(read_ids, P()),
-    write_ids=(write_ids, P()),
-    cu_seqlens=(metadata.cu_seqlens, P()),
-  )
-  return _with_pool(ctx, name, pool), y
+  inputs = {"weight": weight, "bias": bias}
+  run = functools.partial(ssm.step_conv1d, implementation=implementation)
+  return _in_context(run, as_context(ctx), layer, name, metadata, x, inputs)
 
 
 def step_ssd(
@@ -107,8 +95,8 @@ def step_ssd(
   """Runs the Mamba-2 recurrence over a step's tokens, and stores the states.
 
   Args:
-    ctx: The context, after `extend` and before `commit`.
-    layer: `[]` int32, may be traced: index among the recurrent layers in model order.
+    ctx: As in `step_conv1d`, like `layer`, `metadata` and `implementation`.
+    layer: `[]` int32.
     x: `[T, H, P]`.
     dt: `[T, H]`. Step sizes, positive: after bias and softplus.
     a: `[H]`. Decay rates, negative.
@@ -117,8 +105,7 @@ def step_ssd(
     metadata: Of this step.
     d: `[H]` weights of the skip connection, or None.
     name: Of the layer's state, `(H, P, N)`.
-    implementation: Name of an implementation of `pallas_kernels.ssm`, or None for the
-      best that can serve.
+    implementation: Name of an implementation of `pallas_kernels.ssm`, or None.
 
   Returns:
     `(ctx, y [T, H, P])`; this state of the layer is written, as by `write_state`.
@@ -128,34 +115,9 @@ def step_ssd(
       state or the step.
     NotImplementedError: The named implementation cannot serve.
   """
-  ctx = as_context(ctx)
-  _check_tokens(x, metadata)
-  split = sharding.split(metadata.head_axes)
-  b, c = _spread(split, x.shape[1], b, c)
-  at = functools.partial(split.spec, x.shape[1])
-  groups = split.spec(b.shape[1], axis=1)
-  read_ids, write_ids = state_ids(ctx, metadata)
-  y, pool = _over(
-    split,
-    functools.partial(
-      ssm.step_ssd,
-      max_query_len=1 if metadata.is_decode else None,
-      implementation=implementation,
-    ),
-    out_specs=(at(axis=1), at(axis=2)),
-    x=(x, at(axis=1)),
-    dt=(dt, at(axis=1)),
-    a=(a, at(axis=0)),
-    b=(b, groups),
-    c=(c, groups),
-    d=(d, at(axis=0)),
-    pool=(_pool(ctx, name), at(axis=2)),
-    layer=(locate_state(ctx.config, layer), P()),
-    read_ids=(read_ids, P()),
-    write_ids=(write_ids, P()),
-    cu_seqlens=(metadata.cu_seqlens, P()),
-  )
-  return _with_pool(ctx, name, pool), y
+  inputs = {"dt": dt, "a": a, "b": b, "c": c, "d": d}
+  run = functools.partial(ssm.step_ssd, implementation=implementation)
+  return _in_context(run, as_context(ctx), layer, name, metadata, x, inputs)
 
 
 def causal_conv1d(
@@ -170,13 +132,12 @@ def causal_conv1d(
   """Depthwise causal convolution of a step's tokens, each after its own sequence.
 
   Args:
-    x: `[T, C]`.
-    weight: `[C, W]`. The last column meets the token itself.
+    x: `[T, C]`; like all that is not said here, as in `step_conv1d`.
+    weight: `[C, W]`.
     state: `[S, C, W - 1]`, as `read_state` returns it.
     metadata: Of this step.
     bias: `[C]`, or None.
-    implementation: Name of an implementation of `pallas_kernels.ssm`, or None for the
-      best that can serve.
+    implementation: As in `step_conv1d`.
 
   Returns:
     `(y [T, C], state [S, C, W - 1])`, the latter for `write_state`; `[S, num_logits, C,
@@ -186,24 +147,9 @@ def causal_conv1d(
     ValueError: Shapes do not fit each other or the step.
     NotImplementedError: The named implementation cannot serve.
   """
-  _check_tokens(x, metadata)
-  split = sharding.split(metadata.head_axes)
-  at = functools.partial(split.spec, x.shape[1])
-  return _over(
-    split,
-    functools.partial(
-      ssm.causal_conv1d,
-      max_query_len=1 if metadata.is_decode else None,
-      num_states=_num_states(metadata),
-      implementation=implementation,
-    ),
-    out_specs=(at(axis=1), at(axis=2 if _num_states(metadata) else 1)),
-    x=(x, at(axis=1)),
-    weight=(weight, at(axis=0)),
-    bias=(bias, at(axis=0)),
-    state=(state, at(axis=1)),
-    cu_seqlens=(metadata.cu_seqlens, P()),
-  )
+  inputs = {"weight": weight, "bias": bias}
+  run = functools.partial(ssm.causal_conv1d, implementation=implementation)
+  return _on_states(run, state, metadata, x, inputs)
 
 
 def ssd(
@@ -221,16 +167,15 @@ def ssd(
   """The Mamba-2 recurrence over a step's tokens, each after its own sequence.
 
   Args:
-    x: `[T, H, P]`.
-    dt: `[T, H]`. Step sizes, positive: after bias and softplus.
-    a: `[H]`. Decay rates, negative.
-    b: `[T, G, N]`, `H` a multiple of `G`.
+    x: `[T, H, P]`; like all that is not said here, as in `step_ssd`.
+    dt: `[T, H]`.
+    a: `[H]`.
+    b: `[T, G, N]`.
     c: `[T, G, N]`.
     state: `[S, H, P, N]`, as `read_state` returns it.
     metadata: Of this step.
-    d: `[H]` weights of the skip connection, or None.
-    implementation: Name of an implementation of `pallas_kernels.ssm`, or None for the
-      best that can serve.
+    d: `[H]`, or None.
+    implementation: As in `step_conv1d`.
 
   Returns:
     `(y [T, H, P], state [S, H, P, N])`, the latter for `write_state`; `[S, num_logits,
@@ -240,43 +185,76 @@ def ssd(
     ValueError: Shapes do not fit each other or the step.
     NotImplementedError: The named implementation cannot serve.
   """
+  inputs = {"dt": dt, "a": a, "b": b, "c": c, "d": d}
+  run = functools.partial(ssm.ssd, implementation=implementation)
+  return _on_states(run, state, metadata, x, inputs)
+
+
+def _in_context(
+  operation: Callable[..., tuple[Array, Array]],
+  ctx: Context,
+  layer: ArrayLike,
+  name: str,
+  metadata: StepMetadata,
+  x: Array,
+  inputs: _Inputs,
+) -> tuple[Context, Array]:
+  """Runs an operation on the states of that name where the context keeps them."""
   _check_tokens(x, metadata)
-  split = sharding.split(metadata.head_axes)
-  b, c = _spread(split, x.shape[1], b, c)
-  at = functools.partial(split.spec, x.shape[1])
-  groups = split.spec(b.shape[1], axis=1)
+  read_ids, write_ids = state_ids(ctx, metadata)
+  _, store = recurrent_parts(ctx)
+  if name not in store.arrays:
+    raise ValueError(f"name must be one of {sorted(store.arrays)}, got {name!r}")
+  places = {
+    "pool": store.arrays[name],
+    "layer": locate_state(ctx.config, layer),
+    "read_ids": read_ids,
+    "write_ids": write_ids,
+  }
+  y, pool = _over(operation, metadata, x, inputs | places, state_axis=2)
+  return ctx.replace(states=store.replace(arrays=store.arrays | {name: pool})), y
+
+
+def _on_states(
+  operation: Callable[..., tuple[Array, Array]],
+  state: Array,
+  metadata: StepMetadata,
+  x: Array,
+  inputs: _Inputs,
+) -> tuple[Array, Array]:
+  """Runs an operation on states that the caller holds."""
+  _check_tokens(x, metadata)
+  num_states = metadata.num_logits if metadata.num_logits > 1 else None
+  run = functools.partial(operation, num_states=num_states)
   return _over(
-    split,
-    functools.partial(
-      ssm.ssd,
-      max_query_len=1 if metadata.is_decode else None,
-      num_states=_num_states(metadata),
-      implementation=implementation,
-    ),
-    out_specs=(at(axis=1), at(axis=2 if _num_states(metadata) else 1)),
-    x=(x, at(axis=1)),
-    dt=(dt, at(axis=1)),
-    a=(a, at(axis=0)),
-    b=(b, groups),
-    c=(c, groups),
-    d=(d, at(axis=0)),
-    state=(state, at(axis=1)),
-    cu_seqlens=(metadata.cu_seqlens, P()),
+    run, metadata, x, inputs | {"state": state}, state_axis=2 if num_states else 1
   )
 
 
 def _over(
-  split: Split,
   operation: Callable[..., tuple[Array, Array]],
+  metadata: StepMetadata,
+  x: Array,
+  inputs: _Inputs,
   *,
-  out_specs: tuple[P, P],
-  **arguments: tuple[Array | None, P],
+  state_axis: int,
 ) -> tuple[Array, Array]:
-  """Runs an operation on each device's part of its arguments, each with its spec."""
-  arrays = {name: array for name, (array, _) in arguments.items()}
-  specs = {name: spec for name, (_, spec) in arguments.items()}
+  """Runs an operation of a step on each device's part of its arguments.
+
+  Returns `y` and the states, whose heads or channels are on `state_axis`.
+  """
+  split = sharding.split(metadata.head_axes)
+  at = functools.partial(split.spec, x.shape[1])
+  arrays = inputs | {"x": x, "cu_seqlens": metadata.cu_seqlens}
+  specs = {name: at(axis=_AXES[name]) if name in _AXES else P() for name in arrays}
+  if (b := inputs.get("b")) is not None and (c := inputs["c"]) is not None:
+    arrays["b"], arrays["c"] = b, c = _spread(split, x.shape[1], b, c)
+    specs["b"] = specs["c"] = split.spec(b.shape[1], axis=1)
+  most = 1 if metadata.is_decode else None
   run = split.over(
-    lambda arrays: operation(**arrays), in_specs=(specs,), out_specs=out_specs
+    lambda arrays: operation(**arrays, max_query_len=most),
+    in_specs=(specs,),
+    out_specs=(at(axis=1), at(axis=state_axis)),
   )
   return run(arrays)
 
@@ -291,22 +269,6 @@ def _spread(split: Split, num_heads: int, b: Array, c: Array) -> tuple[Array, Ar
   return b, c
 
 
-def _num_states(metadata: StepMetadata) -> int | None:
-  return metadata.num_logits if metadata.num_logits > 1 else None
-
-
 def _check_tokens(x: Array, metadata: StepMetadata) -> None:
   if x.shape[0] != metadata.num_tokens:
     raise ValueError(f"x must have {metadata.num_tokens} tokens, got {x.shape}")
-
-
-def _pool(ctx: Context, name: str) -> Array:
-  _, store = recurrent_parts(ctx)
-  if name not in store.arrays:
-    raise ValueError(f"name must be one of {sorted(store.arrays)}, got {name!r}")
-  return store.arrays[name]
-
-
-def _with_pool(ctx: Context, name: str, pool: Array) -> Context:
-  _, store = recurrent_parts(ctx)
-  return ctx.replace(states=store.replace(arrays=store.arrays | {name: pool}))

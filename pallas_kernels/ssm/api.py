@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import choice
 from pallas_kernels.ssm import xla
+from pallas_kernels.ssm.rows import Rows
 
 IMPLEMENTATIONS = ("xla", "triton")
 type _Kernel = str | choice.Run
@@ -60,22 +61,13 @@ def causal_conv1d(
   """
   _check_rows(state, cu_seqlens)
   _check_conv1d(x, weight, bias, state, "state")
-  _check_num_states(num_states)
-  fallback = functools.partial(
-    xla.causal_conv1d,
-    *(x, weight, state, cu_seqlens),
-    bias=bias,
+  return _over_states(
+    *(xla.causal_conv1d, "step_conv1d", (x, weight), state, cu_seqlens),
     num_states=num_states,
-    is_decode=num_states is None and _is_decode(x, state, max_query_len),
-  )
-  step = functools.partial(
-    _step_states,
-    *("step_conv1d", (x, weight), state, cu_seqlens),
-    num_states=num_states,
-    bias=bias,
     max_query_len=max_query_len,
+    implementation=implementation,
+    bias=bias,
   )
-  return _choose(implementation, fallback, step)
 
 
 def ssd(
@@ -111,11 +103,10 @@ def ssd(
     b: `[T, G, N]`, `H` a multiple of `G`.
     c: `[T, G, N]`.
     state: `[S, H, P, N]`. The state before each row's first token.
-    cu_seqlens: `[S + 1]` int32, first entry 0.
+    cu_seqlens: `[S + 1]` int32, as in `causal_conv1d`.
     d: `[H]` weights of the skip connection, or None.
-    max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
-    num_states: `E`, static. If given, rows have at most `E` tokens, and the states
-      after each of them are returned.
+    max_query_len: As in `causal_conv1d`.
+    num_states: `E`, as in `causal_conv1d`.
     chunk_size: Tokens per chunk, static.
     implementation: `"xla"`, `"triton"` (a CUDA GPU, without `num_states`), or None for
       the best that can serve.
@@ -133,24 +124,14 @@ def ssd(
   """
   _check_rows(state, cu_seqlens)
   _check_ssd(x, dt, a, b, c, d, state, "state", chunk_size)
-  _check_num_states(num_states)
-  fallback = functools.partial(
-    xla.ssd,
-    *(x, dt, a, b, c, state, cu_seqlens),
-    d=d,
-    chunk_size=chunk_size,
+  return _over_states(
+    *(xla.ssd, "step_ssd", (x, dt, a, b, c), state, cu_seqlens),
     num_states=num_states,
-    is_decode=num_states is None and _is_decode(x, state, max_query_len),
-  )
-  step = functools.partial(
-    _step_states,
-    *("step_ssd", (x, dt, a, b, c), state, cu_seqlens),
-    num_states=num_states,
-    d=d,
-    chunk_size=chunk_size,
     max_query_len=max_query_len,
+    implementation=implementation,
+    d=d,
+    chunk_size=chunk_size,
   )
-  return _choose(implementation, fallback, step)
 
 
 def step_conv1d(
@@ -169,8 +150,8 @@ def step_conv1d(
   """As `causal_conv1d`, with states that stand in a pool and are updated there.
 
   Args:
-    x: `[T, C]`.
-    weight: `[C, W]`. The last column meets the token itself.
+    x: `[T, C]`; like all that is not said here, as in `causal_conv1d`.
+    weight: `[C, W]`.
     pool: `[R, M, C, W - 1]` floating. In place if it is donated.
     layer: `[]` int32, which of `R`; may be traced.
     read_ids: `[S]` int32 in range. The state before each row's first token.
@@ -178,9 +159,9 @@ def step_conv1d(
       `[S, E]`: rows have at most `E` tokens, and the state after token `i` goes to
       entry `i`. Those at or past `M` are dropped, and must be for rows and entries
       without a token. No row writes what another one reads.
-    cu_seqlens: `[S + 1]` int32, first entry 0.
+    cu_seqlens: `[S + 1]` int32.
     bias: `[C]`, or None.
-    max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    max_query_len: As in `causal_conv1d`.
     implementation: `"xla"`, `"triton"` (a CUDA GPU, a decode step or `[S, E]` states),
       or None for the best that can serve.
 
@@ -192,22 +173,15 @@ def step_conv1d(
     ValueError: Shapes or dtypes do not fit.
     NotImplementedError: The named implementation cannot serve.
   """
-  _check_pool(pool, 4, read_ids, write_ids, cu_seqlens)
+  rows = Rows(jnp.asarray(layer, jnp.int32), read_ids, write_ids, cu_seqlens)
+  _check_pool(pool, 4, rows)
   _check_conv1d(x, weight, bias, pool, "pool")
-  arguments = (x, weight, pool, jnp.asarray(layer, jnp.int32))
-  ids, num_states = (read_ids, write_ids, cu_seqlens), _num_states(write_ids)
-  fallback = functools.partial(
-    xla.step_conv1d,
-    *arguments,
-    *ids,
+  return _over_pool(
+    *(xla.causal_conv1d, "step_conv1d", (x, weight), pool, rows),
+    max_query_len=max_query_len,
+    implementation=implementation,
     bias=bias,
-    num_states=num_states,
-    is_decode=num_states is None and _is_decode(x, read_ids, max_query_len),
   )
-  step = functools.partial(
-    _step_pool, "step_conv1d", *arguments, *ids, bias=bias, max_query_len=max_query_len
-  )
-  return _choose(implementation, fallback, step)
 
 
 def step_ssd(
@@ -230,55 +204,111 @@ def step_ssd(
   """As `ssd`, with states that stand in a pool and are updated there.
 
   Args:
-    x: `[T, H, P]`.
-    dt: `[T, H]`. Step sizes, positive: after bias and softplus.
-    a: `[H]`. Decay rates, negative.
-    b: `[T, G, N]`, `H` a multiple of `G`.
+    x: `[T, H, P]`; like all that is not said here, as in `ssd`.
+    dt: `[T, H]`.
+    a: `[H]`.
+    b: `[T, G, N]`.
     c: `[T, G, N]`.
     pool: `[R, M, H, P, N]` floating. In place if it is donated.
-    layer: As in `step_conv1d`, like `read_ids`, `write_ids` and `cu_seqlens`.
+    layer: As in `step_conv1d`, like `read_ids` and `write_ids`.
     read_ids: `[S]` int32.
     write_ids: `[S]` or `[S, E]` int32.
-    cu_seqlens: `[S + 1]` int32, first entry 0.
-    d: `[H]` weights of the skip connection, or None.
-    max_query_len: Static bound on the rows' tokens. 1 with `T == S` is a decode step.
+    cu_seqlens: `[S + 1]` int32.
+    d: `[H]`, or None.
+    max_query_len: As in `ssd`.
     chunk_size: Tokens per chunk, static; kernels may take less.
     implementation: `"xla"`, `"triton"` (a CUDA GPU; rows of several tokens are computed
       in products as narrow as `x`, `b` and `c`, with float32 sums), or None for the
       best that can serve.
 
   Returns:
-    `(y [T, H, P], pool)`. What `y` holds for tokens of no row, and for rows that write
-    no state, is finite if their inputs are, and without meaning.
+    `(y [T, H, P], pool)`, as `step_conv1d` does.
 
   Raises:
     ValueError: Shapes or dtypes do not fit.
     NotImplementedError: The named implementation cannot serve.
   """
-  _check_pool(pool, 5, read_ids, write_ids, cu_seqlens)
+  rows = Rows(jnp.asarray(layer, jnp.int32), read_ids, write_ids, cu_seqlens)
+  _check_pool(pool, 5, rows)
   _check_ssd(x, dt, a, b, c, d, pool, "pool", chunk_size)
-  arguments = (x, dt, a, b, c, pool, jnp.asarray(layer, jnp.int32))
-  ids, num_states = (read_ids, write_ids, cu_seqlens), _num_states(write_ids)
-  fallback = functools.partial(
-    xla.step_ssd,
-    *arguments,
-    *ids,
+  return _over_pool(
+    *(xla.ssd, "step_ssd", (x, dt, a, b, c), pool, rows),
+    max_query_len=max_query_len,
+    implementation=implementation,
     d=d,
     chunk_size=chunk_size,
-    num_states=num_states,
-    is_decode=num_states is None and _is_decode(x, read_ids, max_query_len),
+  )
+
+
+# --- Choice ---------------------------------------------------------------------------
+
+
+def _over_pool(
+  operation: Callable[..., tuple[Array, Array]],
+  kernel: str,
+  inputs: tuple[Array, ...],
+  pool: Array,
+  rows: Rows,
+  *,
+  max_query_len: int | None,
+  implementation: str | None,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """Runs an operation in XLA or its kernel, on states of a pool."""
+  fallback = functools.partial(
+    xla.over_pool,
+    *(operation, inputs, pool, rows),
+    num_states=rows.num_entries,
+    is_decode=rows.is_decode(inputs[0].shape[0], max_query_len),
+    **options,
   )
   step = functools.partial(
-    _step_pool,
-    *("step_ssd", *arguments, *ids),
-    d=d,
-    chunk_size=chunk_size,
-    max_query_len=max_query_len,
+    _step, kernel, *inputs, pool, rows, max_query_len=max_query_len, **options
   )
   return _choose(implementation, fallback, step)
 
 
-# --- Choice ---------------------------------------------------------------------------
+def _over_states(
+  operation: Callable[..., tuple[Array, Array]],
+  kernel: str,
+  inputs: tuple[Array, ...],
+  state: Array,
+  cu_seqlens: Array,
+  *,
+  num_states: int | None,
+  max_query_len: int | None,
+  implementation: str | None,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """Runs an operation in XLA, or its kernel on states that are a pool of their own."""
+  if num_states is not None and num_states < 1:
+    raise ValueError(f"num_states must be at least 1, got {num_states}")
+  num_seqs, has_one = state.shape[0], num_states is None and max_query_len == 1
+  fallback = functools.partial(
+    operation,
+    *(*inputs, state, cu_seqlens),
+    num_states=num_states,
+    is_decode=has_one and inputs[0].shape[0] == num_seqs,
+    **options,
+  )
+
+  def step() -> _Kernel:
+    if num_states is not None:
+      return "the states after each token can only be kept in a pool"
+    seqs = jnp.arange(num_seqs, dtype=jnp.int32)
+    rows = Rows(jnp.int32(0), seqs, seqs, cu_seqlens)
+    pool = state.astype(jnp.float32)[None]
+    run = _step(kernel, *inputs, pool, rows, max_query_len=max_query_len, **options)
+    if isinstance(run, str):
+      return run
+
+    def without_layer() -> tuple[Array, Array]:
+      y, pool = run()
+      return y, pool[0]
+
+    return without_layer
+
+  return _choose(implementation, fallback, step)
 
 
 def _choose(
@@ -289,40 +319,12 @@ def _choose(
   )
 
 
-def _step_pool(name: str, *arguments: Array, **options: Any) -> _Kernel:
-  """How to run a kernel on a pool, or why not."""
+def _step(kernel: str, *arguments: Any, **options: Any) -> _Kernel:
+  """How to run the kernel of that name on a pool, or why not."""
   from pallas_kernels.ssm import triton
 
-  if reason := triton.why_not(name, *arguments, **options):
-    return reason
-  return functools.partial(getattr(triton, name), *arguments, **options)
-
-
-def _step_states(
-  name: str,
-  inputs: tuple[Array, ...],
-  state: Array,
-  cu_seqlens: Array,
-  *,
-  num_states: int | None,
-  **options: Any,
-) -> _Kernel:
-  """How to run a kernel on states that are a pool of their own, or why not."""
-  if num_states is not None:
-    return "the states after each token can only be kept in a pool"
-  rows = jnp.arange(state.shape[0], dtype=jnp.int32)
-  pool = state.astype(jnp.float32)[None]
-  run = _step_pool(
-    *(name, *inputs, pool, jnp.int32(0), rows, rows, cu_seqlens), **options
-  )
-  if isinstance(run, str):
-    return run
-
-  def step() -> tuple[Array, Array]:
-    y, pool = run()
-    return y, pool[0]
-
-  return step
+  reason = triton.why_not(kernel, *arguments, **options)
+  return reason or functools.partial(getattr(triton, kernel), *arguments, **options)
 
 
 # --- Checks ---------------------------------------------------------------------------
@@ -375,9 +377,8 @@ def _check_ssd(
     raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def _check_pool(
-  pool: Array, rank: int, read_ids: Array, write_ids: Array, cu_seqlens: Array
-) -> None:
+def _check_pool(pool: Array, rank: int, rows: Rows) -> None:
+  read_ids, write_ids = rows.read_ids, rows.write_ids
   if pool.ndim != rank or not jnp.issubdtype(pool.dtype, jnp.floating):
     raise ValueError(
       f"pool must be floating and have {rank} axes, got {pool.dtype}{list(pool.shape)}"
@@ -393,7 +394,7 @@ def _check_pool(
       )
   if write_ids.shape[0] != read_ids.shape[0] or not write_ids.size:
     raise ValueError(f"write_ids must be [{read_ids.size}, ...], got {write_ids.shape}")
-  _check_rows(read_ids, cu_seqlens)
+  _check_rows(read_ids, rows.cu_seqlens)
 
 
 def _check_rows(state: Array, cu_seqlens: Array) -> None:
@@ -402,16 +403,3 @@ def _check_rows(state: Array, cu_seqlens: Array) -> None:
       f"cu_seqlens must be int32[{state.shape[0] + 1}], got"
       f" {cu_seqlens.dtype}{list(cu_seqlens.shape)}"
     )
-
-
-def _check_num_states(num_states: int | None) -> None:
-  if num_states is not None and num_states < 1:
-    raise ValueError(f"num_states must be at least 1, got {num_states}")
-
-
-def _num_states(write_ids: Array) -> int | None:
-  return None if write_ids.ndim == 1 else write_ids.shape[1]
-
-
-def _is_decode(x: Array, state: Array, max_query_len: int | None) -> bool:
-  return max_query_len == 1 and x.shape[0] == state.shape[0]

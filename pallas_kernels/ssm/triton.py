@@ -20,6 +20,8 @@ from jax.experimental.pallas import triton as plt
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ssm.rows import Rows
+
 type Ref = Any
 """A Pallas reference; jax has no public name for it."""
 
@@ -36,15 +38,6 @@ _DEAD = -1e30
 """Logarithm of a decay to nothing; finite, so that differences stay free of NaN."""
 
 
-class _Ids(NamedTuple):
-  """Which states the rows read and write, and which tokens they have."""
-
-  layer: Ref  # [1]
-  read: Ref  # [S]
-  write: Ref  # [S, E]
-  cu_seqlens: Ref  # [S + 1]
-
-
 class _Inputs(NamedTuple):
   """What the tokens bring to the recurrence."""
 
@@ -56,7 +49,7 @@ class _Inputs(NamedTuple):
   d: Ref  # [H]
 
 
-def why_not(name: str, *arguments: Array, **options: Any) -> str | None:
+def why_not(name: str, *arguments: Any, **options: Any) -> str | None:
   """Says why the operation of that name cannot serve; None if it can."""
   check = {"step_conv1d": _why_not_conv1d, "step_ssd": _why_not_ssd}[name]
   return check(*arguments, **options)
@@ -66,16 +59,12 @@ def _why_not_conv1d(
   x: Array,
   weight: Array,
   pool: Array,
-  layer: Array,
-  read_ids: Array,
-  write_ids: Array,
-  *_: Array,
+  rows: Rows,
+  *,
   max_query_len: int | None,
-  **__: Any,
+  **_: Any,
 ) -> str | None:
-  del layer
-  is_decode = max_query_len == 1 and x.shape[0] == read_ids.shape[0]
-  if write_ids.ndim == 1 and not is_decode:
+  if rows.num_entries is None and not rows.is_decode(x.shape[0], max_query_len):
     return "rows must have one token each, or keep the states after all of theirs"
   if weight.shape[1] > _MAX_TAPS:
     return f"weight must have at most {_MAX_TAPS} taps, got {weight.shape}"
@@ -89,11 +78,12 @@ def _why_not_ssd(
   b: Array,
   c: Array,
   pool: Array,
-  *_: Array,
+  rows: Rows,
+  *,
   chunk_size: int,
-  **__: Any,
+  **_: Any,
 ) -> str | None:
-  del dt, a
+  del dt, a, rows
   head_dim, state_size = pool.shape[-2:]
   if head_dim % 16:
     return f"x must have a multiple of 16 elements per head, got {x.shape}"
@@ -120,10 +110,7 @@ def step_conv1d(
   x: Array,
   weight: Array,
   pool: Array,
-  layer: Array,
-  read_ids: Array,
-  write_ids: Array,
-  cu_seqlens: Array,
+  rows: Rows,
   *,
   bias: Array | None,
   max_query_len: int | None = None,
@@ -131,9 +118,9 @@ def step_conv1d(
 ) -> tuple[Array, Array]:
   """See `pallas_kernels.ssm.step_conv1d`; `interpret` runs on any device."""
   del max_query_len  # `why_not` has looked at it
-  is_decode = write_ids.ndim == 1
-  ids = _ids(layer, read_ids, write_ids, cu_seqlens)
-  num_seqs, num_entries = ids.write.shape
+  is_decode = rows.num_entries is None
+  ids = _ids(rows)
+  num_seqs, num_entries = ids.write_ids.shape
   (num_tokens, channels), num_taps = x.shape, weight.shape[1]
   num_states = pool.shape[1]
   tile = min(_CONV_TILE, 1 << (channels - 1).bit_length())
@@ -153,7 +140,7 @@ def step_conv1d(
     @pl.when(has_any)
     def _() -> None:
       taps = [weight[safe, k].astype(jnp.float32) for k in range(num_taps)]
-      at = (ids.layer[0] * num_states + ids.read[row]) * channels + safe
+      at = (ids.layer[0] * num_states + ids.read_ids[row]) * channels + safe
       before = tuple(pool[at, k].astype(jnp.float32) for k in range(num_taps - 1))
 
       def token(i: Any, before: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -207,10 +194,7 @@ def step_ssd(
   b: Array,
   c: Array,
   pool: Array,
-  layer: Array,
-  read_ids: Array,
-  write_ids: Array,
-  cu_seqlens: Array,
+  rows: Rows,
   *,
   d: Array | None,
   max_query_len: int | None = None,
@@ -218,10 +202,8 @@ def step_ssd(
   interpret: bool = False,
 ) -> tuple[Array, Array]:
   """See `pallas_kernels.ssm.step_ssd`; `interpret` runs on any device."""
-  is_decode = (
-    write_ids.ndim == 1 and max_query_len == 1 and x.shape[0] == write_ids.shape[0]
-  )
-  ids = _ids(layer, read_ids, write_ids, cu_seqlens)
+  is_decode = rows.is_decode(x.shape[0], max_query_len)
+  ids = _ids(rows)
   inputs = _Inputs(x, dt, a, b, c, d)
   flat = pool.reshape(-1, pool.shape[-1])
   y = None if is_decode else jnp.zeros(x.shape, x.dtype)
@@ -233,10 +215,10 @@ def step_ssd(
     inputs,
     num_states=num_states,
     is_decode=is_decode,
-    is_packed=write_ids.ndim == 1 and not is_decode,
+    is_packed=rows.num_entries is None and not is_decode,
     interpret=interpret,
   )
-  if write_ids.ndim == 1 and max_query_len != 1:
+  if rows.num_entries is None and max_query_len != 1:
     flat, y = _in_chunks(
       flat,
       y,
@@ -252,7 +234,7 @@ def step_ssd(
 def _one_by_one(
   pool: Array,
   y: Array | None,
-  ids: _Ids,
+  ids: Rows,
   inputs: _Inputs,
   *,
   num_states: int,
@@ -273,7 +255,7 @@ def _one_by_one(
     interpret: As in `step_ssd`.
   """
   (num_tokens, num_heads, head_dim), state_size = inputs.x.shape, pool.shape[1]
-  num_seqs, num_entries = ids.write.shape
+  num_seqs, num_entries = ids.write_ids.shape
   group = num_heads // inputs.b.shape[1]
   tile = _divisor(head_dim, _STEP_ELEMENTS // state_size)
 
@@ -292,7 +274,7 @@ def _one_by_one(
 
     @pl.when(has_any)
     def _() -> None:
-      h = pool[place(ids.layer[0] * num_states + ids.read[row]), :]
+      h = pool[place(ids.layer[0] * num_states + ids.read_ids[row]), :]
 
       def token(i: Any, h: Array) -> Array:
         now = jnp.minimum(start + i, num_tokens - 1)
@@ -338,7 +320,7 @@ def _one_by_one(
 def _in_chunks(
   pool: Array,
   y: Array,
-  ids: _Ids,
+  ids: Rows,
   inputs: _Inputs,
   *,
   num_states: int,
@@ -351,7 +333,7 @@ def _in_chunks(
   operands are as narrow as the inputs are, their sums and the state are float32.
   """
   (num_tokens, num_heads, head_dim), state_size = inputs.x.shape, pool.shape[1]
-  num_seqs = ids.write.shape[0]
+  num_seqs = ids.write_ids.shape[0]
   group = num_heads // inputs.b.shape[1]
   dtypes = {array.dtype for array in (inputs.x, inputs.b, inputs.c)}
   dtype = np.dtype(dtypes.pop() if len(dtypes) == 1 else jnp.float32)
@@ -415,7 +397,7 @@ def _in_chunks(
 
     @pl.when((stop - start > 1) & is_kept)
     def _() -> None:
-      state = pool[place(ids.layer[0] * num_states + ids.read[row]), :]
+      state = pool[place(ids.layer[0] * num_states + ids.read_ids[row]), :]
       turns = lax.div(stop - start + (chunk - 1), chunk)
       state = lax.fori_loop(0, turns, compute, state.T.astype(jnp.float32))
       pool[place(target), :] = state.T.astype(pool.dtype)
@@ -434,12 +416,11 @@ def _in_chunks(
 # --- What the kernels share -----------------------------------------------------------
 
 
-def _ids(layer: Any, read_ids: Array, write_ids: Array, cu_seqlens: Array) -> _Ids:
-  return _Ids(
-    layer=jnp.asarray(layer, jnp.int32).reshape(1),
-    read=read_ids,
-    write=write_ids.reshape(write_ids.shape[0], -1),
-    cu_seqlens=cu_seqlens,
+def _ids(rows: Rows) -> Rows:
+  """The rows as kernels see them."""
+  return rows._replace(
+    layer=jnp.asarray(rows.layer, jnp.int32).reshape(1),
+    write_ids=rows.write_ids.reshape(rows.write_ids.shape[0], -1),
   )
 
 
@@ -465,7 +446,7 @@ def _tokens(
 
 def _target(ids: Any, row: Array, entry: Any, num_states: int) -> tuple[Array, Array]:
   """The state that a row writes, and whether it writes one."""
-  write = ids.write[row, entry]
+  write = ids.write_ids[row, entry]
   return ids.layer[0] * num_states + write, (write >= 0) & (write < num_states)
 
 

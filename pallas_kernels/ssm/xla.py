@@ -9,12 +9,28 @@ rounds as there are chunks works it off, so that padding costs nothing.
 A step over a pool of states gathers those it reads and scatters those it writes.
 """
 
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
+
+from pallas_kernels.ssm.rows import Rows
+
+
+def over_pool(
+  operation: Callable[..., tuple[Array, Array]],
+  inputs: Sequence[Array],
+  pool: Array,
+  rows: Rows,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """`causal_conv1d` or `ssd` of some inputs, on states of a pool."""
+  state = _gather(pool, rows.layer, rows.read_ids)
+  y, state = operation(*inputs, state, rows.cu_seqlens, **options)
+  return y, _scatter(pool, rows.layer, state, rows.write_ids)
 
 
 def causal_conv1d(
@@ -71,22 +87,6 @@ def _last_inputs(x: Array, state: Array, starts: Array, lens: Array) -> Array:
   return jnp.where((at >= 0)[:, None, :], inside, before)
 
 
-def step_conv1d(
-  x: Array,
-  weight: Array,
-  pool: Array,
-  layer: Array,
-  read_ids: Array,
-  write_ids: Array,
-  cu_seqlens: Array,
-  **options: Any,
-) -> tuple[Array, Array]:
-  """See `pallas_kernels.ssm.step_conv1d`."""
-  state = _gather(pool, layer, read_ids)
-  y, state = causal_conv1d(x, weight, state, cu_seqlens, **options)
-  return y, _scatter(pool, layer, state, write_ids)
-
-
 class _Inputs(NamedTuple):
   """What the tokens bring, `[T, ...]` each; float32."""
 
@@ -106,45 +106,13 @@ def ssd(
   cu_seqlens: Array,
   *,
   d: Array | None,
-  chunk_size: int,
-  num_states: int | None,
-  is_decode: bool,
+  **options: Any,
 ) -> tuple[Array, Array]:
-  """See `pallas_kernels.ssm.ssd`."""
-  y, state = _recurrence(
-    x,
-    dt,
-    a,
-    b,
-    c,
-    state,
-    cu_seqlens,
-    chunk_size=chunk_size,
-    num_states=num_states,
-    is_decode=is_decode,
-  )
+  """See `pallas_kernels.ssm.ssd`; the options are those of `_recurrence`."""
+  y, state = _recurrence(x, dt, a, b, c, state, cu_seqlens, **options)
   if d is not None:
     y = y + d.astype(jnp.float32)[None, :, None] * x.astype(jnp.float32)
   return y.astype(x.dtype), state
-
-
-def step_ssd(
-  x: Array,
-  dt: Array,
-  a: Array,
-  b: Array,
-  c: Array,
-  pool: Array,
-  layer: Array,
-  read_ids: Array,
-  write_ids: Array,
-  cu_seqlens: Array,
-  **options: Any,
-) -> tuple[Array, Array]:
-  """See `pallas_kernels.ssm.step_ssd`."""
-  state = _gather(pool, layer, read_ids)
-  y, state = ssd(x, dt, a, b, c, state, cu_seqlens, **options)
-  return y, _scatter(pool, layer, state, write_ids)
 
 
 # Compiled once where it is called outside `jax.jit`: the body of its loop is a new

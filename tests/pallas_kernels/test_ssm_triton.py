@@ -15,6 +15,7 @@ import pytest
 from pallas_kernels import ssm
 from pallas_kernels.ssm import triton
 from pallas_kernels.ssm.arg_specs import ARG_SPECS, named
+from pallas_kernels.ssm.rows import Rows
 from tests.aot import deviceless
 from tests.pallas_kernels.test_ssm import draw, expect, starts
 
@@ -146,16 +147,18 @@ class Scene:
 
 @functools.partial(jax.jit, static_argnames="max_query_len")
 def conv1d_kernel(*args, max_query_len):
-  *args, bias = args
+  *inputs, bias = args
+  inputs[-4:] = [Rows(*inputs[-4:])]
   return triton.step_conv1d(
-    *args, bias=bias, max_query_len=max_query_len, interpret=True
+    *inputs, bias=bias, max_query_len=max_query_len, interpret=True
   )
 
 
 @functools.partial(jax.jit, static_argnames="max_query_len")
 def ssd_kernel(*args, max_query_len):
-  *args, d = args
-  return triton.step_ssd(*args, d=d, max_query_len=max_query_len, interpret=True)
+  *inputs, d = args
+  inputs[-4:] = [Rows(*inputs[-4:])]
+  return triton.step_ssd(*inputs, d=d, max_query_len=max_query_len, interpret=True)
 
 
 @functools.partial(jax.jit, static_argnames="max_query_len")
