@@ -135,12 +135,7 @@ def command(*argv: str):
   return run
 
 
-row = area("Files and command line")
-
-
-def refused(name, do, message, raises) -> WrongUse:
-  return row(name, do, raises=raises, message=message)
-
+row, refused = area("Files and command line")
 
 USES: list[WrongUse] = [
   refused(

@@ -52,12 +52,7 @@ def on_hopper(block_size):
   return mosaic_sm90.why_not(Call(q, k, k, *ids, sm_scale=0.125, max_query_len=1))
 
 
-row = area("Kernels")
-
-
-def refused(name, do, message, raises=ValueError) -> WrongUse:
-  return row(name, do, raises=raises, message=message)
-
+row, refused = area("Kernels")
 
 USES: list[WrongUse] = [
   refused(

@@ -124,12 +124,7 @@ def search(prompt=(1, 2, 3), length=3, **kwargs):
   return kvcache.beam_search(toy.model, fresh(), prompt, length, **kwargs)
 
 
-row = area("Requests")
-
-
-def refused(name, do, message, raises=ValueError) -> WrongUse:
-  return row(name, do, raises=raises, message=message)
-
+row, refused = area("Requests")
 
 USES: list[WrongUse] = [
   refused("no prompts", lambda: make([]), "prompts must not be empty"),

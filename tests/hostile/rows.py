@@ -89,7 +89,7 @@ def same(left, right):
   return all(np.array_equal(a, b) for a, b in pairs)
 
 
-row = area("Verbs, refused at run time")
+row, _ = area("Verbs, refused at run time")
 USES: list[WrongUse] = [
   row(
     "admit: lengths of 0 and below",

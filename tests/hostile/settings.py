@@ -76,13 +76,12 @@ def same_seed():
 
 
 NAN, INF = math.nan, math.inf
-row = area("Settings")
+row, refused = area("Settings")
 USES: list[WrongUse] = [
-  row(
+  refused(
     "a pool of one block, which is the null block",
     lambda: config(num_blocks=1),
-    raises=ValueError,
-    message=r"num_blocks must be at least 2 \(block 0 is reserved\), got 1",
+    r"num_blocks must be at least 2 \(block 0 is reserved\), got 1",
   ),
   row(
     "a pool of one usable block",
@@ -90,17 +89,15 @@ USES: list[WrongUse] = [
     gives=named(Status.OK, Status.TOO_LONG, Status.OK, Status.OK),
     note="serves what fits into it",
   ),
-  row(
+  refused(
     "a fraction of a block",
     lambda: config(num_blocks=8.5),
-    raises=ValueError,
-    message="num_blocks must be a positive int, got 8.5",
+    "num_blocks must be a positive int, got 8.5",
   ),
-  row(
+  refused(
     "blocks of no token",
     lambda: config(block_size=0),
-    raises=ValueError,
-    message="block_size must be a positive int, got 0",
+    "block_size must be a positive int, got 0",
   ),
   row(
     "blocks of three tokens",
@@ -108,189 +105,147 @@ USES: list[WrongUse] = [
     gives=([0, 0, 0, 0], [3, 1]),
     note="works; a kernel that needs a power of two says so",
   ),
-  row(
+  refused(
     "more slots than int32 can address",
     lambda: config(num_blocks=2**27, block_size=16),
-    raises=ValueError,
-    message=r"num_blocks \* block_size must stay below 2\*\*31",
+    r"num_blocks \* block_size must stay below 2\*\*31",
   ),
-  row(
+  refused(
     "no rows, negative rows",
     lambda: config(max_seqs=-1),
-    raises=ValueError,
-    message="max_seqs must be a positive int, got -1",
+    "max_seqs must be a positive int, got -1",
   ),
-  row(
+  refused(
     "keys and values in int32",
     lambda: config(dtype="int32"),
-    raises=ValueError,
-    message="dtype must be a floating type of 16 or 32 bits, int8 or float8_e4m3fn",
+    "dtype must be a floating type of 16 or 32 bits, int8 or float8_e4m3fn",
   ),
-  row(
+  refused(
     "one layer, not a tuple of layers",
     lambda: config(layers=LAYER),
-    raises=ValueError,
-    message="layers must name all layers of the model, got AttentionLayer",
+    "layers must name all layers of the model, got AttentionLayer",
   ),
-  row(
+  refused(
     "keys and values in float64",
     lambda: config(dtype="float64"),
-    raises=ValueError,
-    message="dtype must be a floating type of 16 or 32 bits, .* got float64",
+    "dtype must be a floating type of 16 or 32 bits, .* got float64",
   ),
-  row(
+  refused(
     "head_axes that are no names",
     lambda: config(head_axes=3),
-    raises=ValueError,
-    message="head_axes must be names of mesh axes, got 3",
+    "head_axes must be names of mesh axes, got 3",
   ),
-  row(
+  refused(
     "a dtype that nobody knows",
     lambda: config(dtype="bf16"),
-    raises=ValueError,
-    message="dtype must be one such as 'bfloat16': data type 'bf16' not understood",
+    "dtype must be one such as 'bfloat16': data type 'bf16' not understood",
   ),
-  row(
+  refused(
     "init: layers instead of a configuration",
     lambda: kvcache.init((LAYER,)),
-    raises=ValueError,
-    message="config must be a CacheConfig, got tuple",
+    "config must be a CacheConfig, got tuple",
   ),
-  row(
+  refused(
     "from_memory: no number of bytes",
     lambda: CacheConfig.from_memory(NAN, layers=[LAYER]),
-    raises=ValueError,
-    message="num_bytes must be finite, got nan",
+    "num_bytes must be finite, got nan",
   ),
-  row(
+  refused(
     "from_memory: bytes in words",
     lambda: CacheConfig.from_memory("8GB", layers=[LAYER]),
-    raises=ValueError,
-    message="num_bytes must be a number, such as 8e9, got '8GB'",
+    "num_bytes must be a number, such as 8e9, got '8GB'",
   ),
-  row(
-    "no layers",
-    lambda: config(layers=()),
-    raises=ValueError,
-    message="layers must name at least one layer",
+  refused(
+    "no layers", lambda: config(layers=()), "layers must name at least one layer"
   ),
-  row(
+  refused(
     "a layer that is none",
     lambda: config("attention"),
-    raises=ValueError,
-    message="layers holds 'attention', which is no AttentionLayer",
+    "layers holds 'attention', which is no AttentionLayer",
   ),
-  row(
+  refused(
     "a layer without heads",
     lambda: AttentionLayer(num_kv_heads=0, head_dim=8),
-    raises=ValueError,
-    message="num_kv_heads must be a positive int, got 0",
+    "num_kv_heads must be a positive int, got 0",
   ),
-  row(
+  refused(
     "a layer that shares with a later one",
     lambda: config(AttentionLayer(num_kv_heads=1, head_dim=2, shared_with=1), LAYER),
-    raises=ValueError,
-    message="shared_with=1 of attention layer 0 must name an earlier layer",
+    "shared_with=1 of attention layer 0 must name an earlier layer",
   ),
-  row(
+  refused(
     "recurrent layers of two kinds",
     lambda: config(LAYER, STATE, RecurrentLayer(state={"sum": (4,)})),
-    raises=ValueError,
-    message="all recurrent layers must be alike",
+    "all recurrent layers must be alike",
   ),
-  row(
+  refused(
     "a state without arrays",
     lambda: RecurrentLayer(state={}),
-    raises=ValueError,
-    message="state must name shapes of arrays, got {}",
+    "state must name shapes of arrays, got {}",
   ),
-  row(
+  refused(
     "a state of half a number",
     lambda: RecurrentLayer(state={"sum": (1.5,)}),
-    raises=ValueError,
-    message=r"state 'sum' must be a shape of positive sizes, got \(1.5,\)",
+    r"state 'sum' must be a shape of positive sizes, got \(1.5,\)",
   ),
-  row(
+  refused(
     "snapshots where nothing recurs",
     lambda: config(num_snapshots=3),
-    raises=ValueError,
-    message="num_snapshots is given, but no layer is recurrent",
+    "num_snapshots is given, but no layer is recurrent",
   ),
-  row(
+  refused(
     "a negative number of drafts",
     lambda: config(max_drafts=-1),
-    raises=ValueError,
-    message="max_drafts must be a non-negative int, got -1",
+    "max_drafts must be a non-negative int, got -1",
   ),
-  row(
+  refused(
     "a pool that cannot hold one window",
     lambda: config(
       AttentionLayer(num_kv_heads=1, head_dim=2, sliding_window=9),
       block_size=4,
       num_window_blocks=3,
     ),
-    raises=ValueError,
-    message="num_window_blocks must be at least 4 for the null block and one",
+    "num_window_blocks must be at least 4 for the null block and one",
   ),
-  row(
+  refused(
     "scrub, but not sure",
     lambda: config(scrub="yes"),
-    raises=ValueError,
-    message="scrub must be True or False, got 'yes'",
+    "scrub must be True or False, got 'yes'",
   ),
-  row(
+  refused(
     "from_memory: a budget below one usable block",
     lambda: CacheConfig.from_memory(100, layers=[LAYER]),
-    raises=ValueError,
-    message="num_bytes=100",
+    "num_bytes=100",
   ),
-  row(
+  refused(
     "from_memory: a budget and a number of blocks",
     lambda: CacheConfig.from_memory(10**6, layers=[LAYER], num_blocks=4),
-    raises=ValueError,
-    message="from_memory computes num_blocks; pass num_bytes only",
+    "from_memory computes num_blocks; pass num_bytes only",
   ),
-  row(
+  refused(
     "init: half a salt",
     lambda: kvcache.init(config(), salt=0.5),
-    raises=ValueError,
-    message=r"salt must be integers, got float32\[\]",
+    r"salt must be integers, got float32\[\]",
   ),
-  row(
+  refused(
     "init: a salt beyond int32",
     lambda: kvcache.init(config(), salt=2**40),
-    raises=ValueError,
-    message="salt must fit into int32, got 1099511627776",
+    "salt must fit into int32, got 1099511627776",
   ),
-  row(
+  refused(
     "sampling: a negative temperature",
     params(temperature=-0.1),
-    raises=ValueError,
-    message="temperature must be .*-0.1",
+    "temperature must be .*-0.1",
   ),
-  row(
+  refused(
     "sampling: a temperature that is no number",
     params(temperature=NAN),
-    raises=ValueError,
-    message="temperature must be .*nan",
+    "temperature must be .*nan",
   ),
-  row(
-    "sampling: top_p of nothing",
-    params(top_p=0.0),
-    raises=ValueError,
-    message="top_p must be above 0",
-  ),
-  row(
-    "sampling: a negative top_k",
-    params(top_k=-1),
-    raises=ValueError,
-    message="top_k must be .*-1",
-  ),
-  row(
-    "sampling: a seed beyond uint32",
-    params(seed=2**32),
-    raises=ValueError,
-    message="seed must be .*4294967296",
+  refused("sampling: top_p of nothing", params(top_p=0.0), "top_p must be above 0"),
+  refused("sampling: a negative top_k", params(top_k=-1), "top_k must be .*-1"),
+  refused(
+    "sampling: a seed beyond uint32", params(seed=2**32), "seed must be .*4294967296"
   ),
   row(
     "sampling: the same seed for two requests",
@@ -298,17 +253,15 @@ USES: list[WrongUse] = [
     gives=True,
     note="equal prompts and settings then get equal tokens",
   ),
-  row(
+  refused(
     "sampling: logits of one row, without its dimension",
     lambda: draw([1.0, 2.0]),
-    raises=ValueError,
-    message=r"logits must be \[S, V\] floats, got float32\[2\]",
+    r"logits must be \[S, V\] floats, got float32\[2\]",
   ),
-  row(
+  refused(
     "sampling: logits of three rows for the settings of two",
     lambda: draw(np.zeros((3, 4))),
-    raises=ValueError,
-    message=r"settings.temperature must be \[S\] = \(3,\), got \(2,\)",
+    r"settings.temperature must be \[S\] = \(3,\), got \(2,\)",
   ),
   row(
     "sampling: NaN among the logits",
@@ -328,34 +281,29 @@ USES: list[WrongUse] = [
     gives=[1, 0],
     note="the likeliest; several are equally likely",
   ),
-  row(
+  refused(
     "scheduler: no token per step",
     lambda: SchedulerConfig(token_budget=0),
-    raises=ValueError,
-    message="token_budget must be a positive int, got 0",
+    "token_budget must be a positive int, got 0",
   ),
-  row(
+  refused(
     "scheduler: a negative watermark",
     lambda: SchedulerConfig(watermark=-1),
-    raises=ValueError,
-    message="watermark must be a non-negative int, got -1",
+    "watermark must be a non-negative int, got -1",
   ),
-  row(
+  refused(
     "scheduler: half a block as watermark",
     lambda: SchedulerConfig(watermark=0.5),
-    raises=ValueError,
-    message="watermark must be a non-negative int, got 0.5",
+    "watermark must be a non-negative int, got 0.5",
   ),
-  row(
+  refused(
     "scheduler: the name of a policy",
     lambda: SchedulerConfig(admission="fcfs"),
-    raises=ValueError,
-    message="admission must be a policy, got 'fcfs'",
+    "admission must be a policy, got 'fcfs'",
   ),
-  row(
+  refused(
     "drafter: no drafts",
     lambda: PromptLookup(num_drafts=0),
-    raises=ValueError,
-    message="num_drafts must be a positive int, got 0",
+    "num_drafts must be a positive int, got 0",
   ),
 ]

@@ -41,9 +41,22 @@ class WrongUse:
   note: str = ""
 
 
-def area(name: str) -> Callable[..., WrongUse]:
-  """Makes rows of one area."""
-  return lambda what, do, **kwargs: WrongUse(area=name, name=what, do=do, **kwargs)
+def area(name: str) -> tuple[Callable[..., WrongUse], Callable[..., WrongUse]]:
+  """What makes rows of one area, and what makes those in which something is raised."""
+
+  def row(what: str, do: Callable[..., Any], **kwargs: Any) -> WrongUse:
+    return WrongUse(area=name, name=what, do=do, **kwargs)
+
+  def refused(
+    what: str,
+    do: Callable[..., Any],
+    message: str,
+    raises: type[BaseException] = ValueError,
+    **kwargs: Any,
+  ) -> WrongUse:
+    return row(what, do, message=message, raises=raises, **kwargs)
+
+  return row, refused
 
 
 def named(*statuses: Status) -> list[int]:
