@@ -13,13 +13,12 @@ import numpy as np
 
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
+from kvcache.models.decoder import Decoder
 from kvcache.nn.feed_forward import FeedForward
 from kvcache.nn.latent_attention import LatentAttention
-from kvcache.nn.linear import multiply
 from kvcache.nn.mixture import MixtureOfExperts
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
-from kvcache.parts import arguments
 from kvcache.verbs.metadata import StepMetadata
 
 
@@ -165,7 +164,7 @@ class DeepSeek2Block(nnx.Module):
     return x + self.mlp(self.mlp_norm(x)), ctx
 
 
-class DeepSeek2(nnx.Module):
+class DeepSeek2(Decoder[DeepSeek2Config]):
   """A decoder-only language model over a paged cache of latents.
 
   Attributes:
@@ -177,46 +176,23 @@ class DeepSeek2(nnx.Module):
   """
 
   def __init__(self, config: DeepSeek2Config, *, rngs: nnx.Rngs):
-    self.config = config
-    shape = (config.vocab_size, config.hidden_size)
-    init = nnx.initializers.normal(0.02)
-    self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
-    self.layers = nnx.List(
-      [
-        DeepSeek2Block(config, is_dense=layer < config.num_dense_layers, rngs=rngs)
-        for layer in range(config.num_layers)
-      ]
-    )
-    self.norm = _norm(config)
-    self.head = (
-      None
-      if config.tie_embeddings
-      else nnx.Param(init(rngs.params(), shape, config.dtype))
+    def make_layers() -> nnx.List[DeepSeek2Block]:
+      are_dense = (i < config.num_dense_layers for i in range(config.num_layers))
+      return nnx.List(
+        [DeepSeek2Block(config, is_dense=dense, rngs=rngs) for dense in are_dense]
+      )
+
+    super().__init__(
+      config, make_layers, _norm(config), is_tied=config.tie_embeddings, rngs=rngs
     )
 
-  def __call__(
-    self, tokens: jax.Array, metadata: StepMetadata, ctx: Context
+  def _run_layers(
+    self, x: jax.Array, metadata: StepMetadata, ctx: Context
   ) -> tuple[jax.Array, Context]:
-    """Computes one step.
-
-    Args:
-      tokens: `[T]` int32, the packed tokens of the step.
-      metadata: Which sequence and position each token has, from `step_metadata`.
-      ctx: The cache, made for `config.cache_layers()`.
-
-    Returns:
-      Float32 logits `[S, vocab_size]` (or of all of `metadata.logits_indices`), without
-      meaning for rows that are not in the step, and the cache with the step's latents.
-    """
-    arguments.check_layers(ctx.config, self.config.cache_layers())
-    # Clipped, because padding tokens may be anything.
-    x = self.embedding[...].at[tokens].get(mode="clip")
     rotation = self.config.rotary(metadata.positions)
     for layer, block in enumerate(self.layers):
       x, ctx = block(x, layer, metadata, ctx, rotation=rotation)
-    last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
-    head = self.embedding if self.head is None else self.head
-    return multiply(last, head[...]), ctx
+    return x, ctx
 
 
 def _norm(config: DeepSeek2Config) -> RMSNorm:

@@ -15,12 +15,11 @@ import numpy as np
 
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
+from kvcache.models.decoder import Decoder
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.feed_forward import FeedForward
-from kvcache.nn.linear import multiply
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
-from kvcache.parts import arguments
 from kvcache.verbs.metadata import StepMetadata
 
 
@@ -126,7 +125,7 @@ class Gemma2Block(nnx.Module):
     return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x))), ctx
 
 
-class Gemma2(nnx.Module):
+class Gemma2(Decoder[Gemma2Config]):
   """A decoder-only language model over a paged cache.
 
   Attributes:
@@ -137,41 +136,26 @@ class Gemma2(nnx.Module):
   """
 
   def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs):
-    self.config = config
-    shape = (config.vocab_size, config.hidden_size)
-    init = nnx.initializers.normal(0.02)
-    self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
-    self.layers = nnx.List([Gemma2Block(config, rngs=rngs) for _ in config.windows])
-    self.norm = _norm(config)
+    super().__init__(
+      config,
+      lambda: nnx.List([Gemma2Block(config, rngs=rngs) for _ in config.windows]),
+      _norm(config),
+      is_tied=True,
+      rngs=rngs,
+    )
 
-  def __call__(
-    self, tokens: jax.Array, metadata: StepMetadata, ctx: Context
+  def _run_layers(
+    self, x: jax.Array, metadata: StepMetadata, ctx: Context
   ) -> tuple[jax.Array, Context]:
-    """Computes one step.
-
-    Args:
-      tokens: `[T]` int32, the packed tokens of the step.
-      metadata: Which sequence and position each token has, from `step_metadata`.
-      ctx: The cache, made for `config.cache_layers()`.
-
-    Returns:
-      Float32 logits `[S, vocab_size]` (or of all of `metadata.logits_indices`), without
-      meaning for rows that are not in the step, and the cache with the step's keys and
-      values.
-    """
-    config = self.config
-    arguments.check_layers(ctx.config, self.config.cache_layers())
-    # Clipped, because padding tokens may be anything.
-    x = self.embedding[...].at[tokens].get(mode="clip")
-    x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
-    rotation = config.rotary(metadata.positions)
+    x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
+    rotation = self.config.rotary(metadata.positions)
     for layer, block in enumerate(self.layers):
       x, ctx = block(x, layer, metadata, ctx, rotation=rotation)
-    last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
-    logits = multiply(last, self.embedding[...])
-    if config.logits_soft_cap is not None:
-      logits = config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)
-    return logits, ctx
+    return x, ctx
+
+  def _finish_logits(self, logits: jax.Array) -> jax.Array:
+    cap = self.config.logits_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _norm(config: Gemma2Config) -> RMSNorm:

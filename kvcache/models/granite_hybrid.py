@@ -14,13 +14,12 @@ import numpy as np
 
 from kvcache.config import AttentionLayer, RecurrentLayer
 from kvcache.context import Context
+from kvcache.models.decoder import Decoder
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.feed_forward import FeedForward
-from kvcache.nn.linear import multiply
 from kvcache.nn.mamba2 import Mamba2
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
-from kvcache.parts import arguments
 from kvcache.verbs.metadata import StepMetadata
 
 
@@ -162,7 +161,7 @@ class HybridBlock(nnx.Module):
     return x + self.mlp(self.mlp_norm(x)) * self.residual_multiplier, ctx
 
 
-class GraniteHybrid(nnx.Module):
+class GraniteHybrid(Decoder[GraniteHybridConfig]):
   """A decoder-only language model over a cache of K/V blocks and recurrent states.
 
   Attributes:
@@ -174,46 +173,26 @@ class GraniteHybrid(nnx.Module):
   """
 
   def __init__(self, config: GraniteHybridConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    shape = (config.vocab_size, config.hidden_size)
-    init = nnx.initializers.normal(0.02)
-    self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
-    self.layers = nnx.List(
-      [HybridBlock(config, kind, rngs=rngs) for kind in config.layer_types]
-    )
-    self.norm = _norm(config)
-    self.head = (
-      None
-      if config.tie_embeddings
-      else nnx.Param(init(rngs.params(), shape, config.dtype))
+    super().__init__(
+      config,
+      lambda: nnx.List([HybridBlock(config, x, rngs=rngs) for x in config.layer_types]),
+      _norm(config),
+      is_tied=config.tie_embeddings,
+      rngs=rngs,
     )
 
-  def __call__(
-    self, tokens: jax.Array, metadata: StepMetadata, ctx: Context
+  def _run_layers(
+    self, x: jax.Array, metadata: StepMetadata, ctx: Context
   ) -> tuple[jax.Array, Context]:
-    """Computes one step.
-
-    Args:
-      tokens: `[T]` int32, the packed tokens of the step.
-      metadata: Which sequence and position each token has, from `step_metadata`.
-      ctx: The cache, made for `config.cache_layers()`.
-
-    Returns:
-      `[S, vocab_size]` float32 logits after each row's last token (without meaning for
-      rows that are not in the step), and the cache with the step's keys, values and
-      states.
-    """
-    config = self.config
-    arguments.check_layers(ctx.config, self.config.cache_layers())
-    # Clipped, because padding tokens may be anything.
-    x = self.embedding[...].at[tokens].get(mode="clip") * config.embedding_multiplier
-    counts = dict.fromkeys(config.layer_types, 0)
-    for kind, block in zip(config.layer_types, self.layers, strict=True):
+    x, layer_types = x * self.config.embedding_multiplier, self.config.layer_types
+    counts = dict.fromkeys(layer_types, 0)
+    for kind, block in zip(layer_types, self.layers, strict=True):
       x, ctx = block(x, counts[kind], metadata, ctx)
       counts[kind] += 1
-    last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
-    head = self.embedding if self.head is None else self.head
-    return multiply(last, head[...]) / config.logits_divisor, ctx
+    return x, ctx
+
+  def _finish_logits(self, logits: jax.Array) -> jax.Array:
+    return logits / self.config.logits_divisor
 
 
 def _norm(config: GraniteHybridConfig) -> RMSNorm:

@@ -32,12 +32,11 @@ import numpy as np
 
 from kvcache.config import AttentionLayer
 from kvcache.context import Context
+from kvcache.models.decoder import Decoder
 from kvcache.nn.attention import PagedAttention
 from kvcache.nn.feed_forward import FeedForward
-from kvcache.nn.linear import multiply
 from kvcache.nn.norm import RMSNorm
 from kvcache.nn.rotary import Rotary
-from kvcache.parts import arguments
 from kvcache.verbs import sharding
 from kvcache.verbs.metadata import StepMetadata
 
@@ -149,7 +148,7 @@ class Block(nnx.Module):
     return x + sharding.sum_parts(metadata.head_axes, mapped), ctx
 
 
-class Llama(nnx.Module):
+class Llama(Decoder[LlamaConfig]):
   """A decoder-only language model over a paged cache.
 
   Attributes:
@@ -161,41 +160,20 @@ class Llama(nnx.Module):
   """
 
   def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    shape = (config.vocab_size, config.hidden_size)
-    init = nnx.initializers.normal(0.02)
-    self.embedding = nnx.Param(init(rngs.params(), shape, config.dtype))
-    keys = jax.random.split(rngs.params(), config.num_layers)
-    if config.scan_layers:
-      self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
-    else:
-      self.layers = nnx.List([Block(config, rngs=nnx.Rngs(key)) for key in keys])
-    self.norm = _norm(config)
-    self.head = (
-      None
-      if config.tie_embeddings
-      else nnx.Param(init(rngs.params(), shape, config.dtype))
+    def make_layers() -> Any:
+      keys = jax.random.split(rngs.params(), config.num_layers)
+      if config.scan_layers:
+        return nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
+      return nnx.List([Block(config, rngs=nnx.Rngs(key)) for key in keys])
+
+    super().__init__(
+      config, make_layers, _norm(config), is_tied=config.tie_embeddings, rngs=rngs
     )
 
-  def __call__(
-    self, tokens: jax.Array, metadata: StepMetadata, ctx: Context
+  def _run_layers(
+    self, x: jax.Array, metadata: StepMetadata, ctx: Context
   ) -> tuple[jax.Array, Context]:
-    """Computes one step.
-
-    Args:
-      tokens: `[T]` int32, the packed tokens of the step.
-      metadata: Which sequence and position each token has, from `step_metadata`.
-      ctx: The cache, made for `config.cache_layers()`.
-
-    Returns:
-      `[S, vocab_size]` float32 logits after each row's last token (without meaning for
-      rows that are not in the step), and the cache with the step's keys and values.
-    """
-    config = self.config
-    arguments.check_layers(ctx.config, self.config.cache_layers())
-    # Clipped, because padding tokens may be anything.
-    x = self.embedding[...].at[tokens].get(mode="clip")
-    rotation = config.rotary(metadata.positions)
+    rotation = self.config.rotary(metadata.positions)
     if isinstance(self.layers, Block):
       graph, weights = nnx.split(self.layers)
 
@@ -207,14 +185,12 @@ class Llama(nnx.Module):
         block = nnx.merge(graph, weights)
         return block(carry[0], layer, metadata, carry[1], rotation=rotation), None
 
-      indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+      indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
       (x, ctx), _ = jax.lax.scan(scan_block, (x, ctx), (indices, weights))
     else:
       for layer, block in enumerate(self.layers):
         x, ctx = block(x, layer, metadata, ctx, rotation=rotation)
-    last = self.norm(x.at[metadata.logits_indices].get(mode="clip"))
-    head = self.embedding if self.head is None else self.head
-    return multiply(last, head[...]), ctx
+    return x, ctx
 
 
 def _norm(config: LlamaConfig) -> RMSNorm:
