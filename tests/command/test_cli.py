@@ -410,6 +410,21 @@ def test_help_does_not_load_the_loaders():
   assert "--prompts-file" in done.stdout
 
 
+def test_importing_the_library_imports_jax_flax_chex_and_nothing_else():
+  """Pallas, say, or a plotting library would be felt in every start of a process."""
+  code = (
+    "import sys, jax, flax, chex, numpy\n"
+    "before = set(sys.modules)\n"
+    "import kvcache.command.cli\n"
+    "print(*(sys.modules.keys() - before))\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+  )
+  packages = {name.partition(".")[0] for name in done.stdout.split()}
+  assert packages - sys.stdlib_module_names == {"kvcache", "pallas_kernels"}
+
+
 def test_interrupt_ends_at_once_with_one_line():
   # Loading never ends and cannot be interrupted, like a long compilation.
   code = (
