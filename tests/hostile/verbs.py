@@ -1,6 +1,7 @@
 """Wrong uses of the verbs: what cannot be right is refused when it is traced."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,9 @@ def free_what_is_held():
 
 
 def import_from(other, into):
-  state = kvcache.export_sequences(other(), [0], max_len=8)
-  return kvcache.import_sequences(into(), state)
+  export = functools.partial(kvcache.export_sequences, max_len=8)
+  state = jax.eval_shape(export, other(), zeros(1))
+  return jax.eval_shape(kvcache.import_sequences, into(), state)
 
 
 def write(k=(16, 1, 2), v=(16, 1, 2), layer=0):
@@ -70,9 +72,14 @@ def write_state(shape, layer=0):
 
 def write_shared():
   layers = (LAYER, dataclasses.replace(LAYER, shared_with=0))
-  ctx = kvcache.init(kvcache.CacheConfig(layers=layers, num_blocks=4, max_seqs=1))
-  view = kvcache.step_metadata(ctx, zeros(1))
-  kvcache.write_kv(ctx, np.int64(1), jnp.zeros((1, 1, 2)), jnp.zeros((1, 1, 2)), view)
+  config = kvcache.CacheConfig(layers=layers, num_blocks=4, max_seqs=1)
+
+  def run():
+    ctx, x = kvcache.init(config), jnp.zeros((1, 1, 2))
+    view = kvcache.step_metadata(ctx, zeros(1))
+    return kvcache.write_kv(ctx, np.int64(1), x, x, view)
+
+  jax.eval_shape(run)
 
 
 def batch():
@@ -360,7 +367,9 @@ USES: list[WrongUse] = [
   ),
   refused(
     "raise_for_status: an admission instead of its status",
-    lambda: kvcache.raise_for_status(small.admit(busy(), zeros(2, 16), zeros(2))[1]),
+    lambda: kvcache.raise_for_status(
+      jax.eval_shape(small.admit, busy(), zeros(2, 16), zeros(2))[1]
+    ),
     "status must be int32 codes, as Admission.status has, got Admission",
   ),
   refused(
