@@ -4,13 +4,14 @@
 # JOBS=2                      processes that run tests; all cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow mutate lint format docs bench gpu tune floor aot \
+.PHONY: help setup demo test test-all test-slow mutate lint format docs bench gpu tune floor aot \
   wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
 # A file's tests share compiled programs, so they stay in one process.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+ALL := "not slow and not wheel and not aot"
 FLOOR_JAX := 0.11.2
 # Compiles for CUDA without a GPU: the plugin of jax's own version and the assembler,
 # without the libraries that only running needs.
@@ -30,9 +31,13 @@ setup: ## Make .venv and install the project with everything needed to work on i
 demo: setup ## Chat with a small model on the CPU and watch its cache
 	@$(BIN)/python -m kvcache demo $(ARGS)
 
-test: setup ## Run the everyday tests
+test: setup ## Run the everyday tests: each verb, layer, kernel and page (12 minutes)
 	@echo "==> tests"
 	@$(BIN)/python $(PYTEST) $(ARGS)
+
+test-all: setup ## Run all tests but the slow ones: more of each kind (35 minutes)
+	@echo "==> all tests"
+	@$(BIN)/python $(PYTEST) -m $(ALL) $(ARGS)
 
 test-slow: setup ## Run the long random walks
 	@echo "==> slow tests"
@@ -77,7 +82,7 @@ aot: setup ## Compile kernels and loops for an H100, without one, in .venv-aot
 	PYTHON="$(PYTHON)" NO_DEPS="$(call AOT_WHEELS,$$version)" \
 	  scripts/venv.sh .venv-aot -e '.[test]' jaxlib==$$version
 	@echo "==> compiling for an H100 (about 10 minutes)"
-	@.venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/aot $(ARGS)
+	@XLA_FLAGS= .venv-aot/bin/python -m pytest -n $(JOBS) -m aot tests/aot $(ARGS)
 
 wheel-test: setup ## Build the wheel and import it from an empty environment
 	@echo "==> wheel (about a minute)"

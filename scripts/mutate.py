@@ -44,9 +44,6 @@ EQUIVALENT = Path(__file__).with_name("mutate_equivalent.toml")
 CACHE = ROOT / ".cache" / "mutate"
 WALK = "tests/walks/test_walks.py::test_walks_agree_with_the_oracle"
 VERBS = ("tests/test_context.py", "tests/verbs/test_lifecycle.py")
-XLA_FLAGS = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 # The tests of each module, the quickest first.
 TESTS: dict[str, tuple[str, ...]] = {
   "blocks": ("tests/parts/test_blocks.py", *VERBS, f"{WALK}[tiny]"),
@@ -279,12 +276,11 @@ def run_tests(mutant: Mutant | None, tests: Sequence[str], log: Path) -> int:
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
   jax.config.update("jax_platforms", "cpu")
-  os.environ["XLA_FLAGS"] = XLA_FLAGS  # read when JAX starts
   sys.path.insert(0, str(ROOT))
   os.chdir(ROOT)
   if mutant is not None:
     sys.meta_path.insert(0, _Importer(mutant.module, mutated(mutant)))
-  options = ["-x", "-q", "-p", "no:xdist"]
+  options = ["-x", "-q", "-p", "no:xdist", "-m", "not slow"]
   plugin = _Plugin(tests, may_store=mutant is None)
   return int(pytest.main([*options, *tests], plugins=[plugin]))
 

@@ -3,6 +3,19 @@
 import os
 from pathlib import Path
 
+from tests.fixtures.places import ROOT
+
+# For this process and for all that tests start. Compilation is what tests cost: LLVM
+# may leave out what makes programs fast. XLA's own passes, whose results tests read,
+# stay as they are. `make aot` wants programs as they are served, and sets no flags.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+# Compiled programs are kept between runs, so that the second run is fast.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Each of four warpgroups that wait, in the GPU interpreter, holds a thread of XLA's.
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
@@ -11,15 +24,9 @@ import hypothesis
 import jax
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", False)
-# Compiled programs are kept between runs, so that the second run is fast.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The same examples in every run, and no deadline: the first example compiles.
 hypothesis.settings.register_profile(
@@ -45,14 +52,17 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
+MAX_MAPS = 30_000
+"""Of the memory maps of a process, of which the kernel allows some 65,000."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-  """Drops a module's compiled programs when it ends.
-
-  Each holds dozens of memory maps on CPU, and a process may have some 65,000.
-  """
+  """Drops compiled programs before they are too many: each holds dozens of maps."""
   yield
-  jax.clear_caches()
+  maps = Path("/proc/self/maps")
+  if not maps.exists() or maps.read_bytes().count(b"\n") > MAX_MAPS:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,7 @@ def test_requests_print_in_a_line():
   assert "tokens=(2, 5)" in repr(jax.tree.map(jnp.shape, requests()))
 
 
+@pytest.mark.thorough
 def test_requests_print_how_they_ended():
   config = CacheConfig(layers=(FULL,), num_blocks=4, max_seqs=1, max_seq_len=32)
 

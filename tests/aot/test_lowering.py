@@ -14,6 +14,7 @@ from pallas_kernels import device
 from pallas_kernels.paged_attention import api, paged_attention
 from pallas_kernels.paged_attention.arg_specs import ARG_SPECS, named
 from tests.aot import deviceless
+from tests.fixtures.thorough import more
 
 pytestmark = pytest.mark.filterwarnings(
   "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -54,7 +55,11 @@ def lower(spec, implementation, *, num_tokens, max_query_len):
   return deviceless.lower(run, **shapes).as_text()
 
 
-@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+  "spec",
+  [ARG_SPECS[0], named("deepseek-v3 tp8"), *more(*ARG_SPECS[1:])],
+  ids=lambda spec: spec.name,
+)
 def test_every_named_shape_is_lowered(spec):
   served = set()
   for implementation in api.IMPLEMENTATIONS:

@@ -17,6 +17,7 @@ import pytest
 import kvcache
 from kvcache import AttentionLayer, CacheConfig, RecurrentLayer, SchedulerConfig
 from tests.aot import hlo, programs
+from tests.fixtures.thorough import more
 
 CONFIG = CacheConfig(
   layers=(AttentionLayer(num_kv_heads=2, head_dim=8),) * 3,
@@ -64,10 +65,7 @@ def num_bytes(tree):
 
 
 def compile_program(run, *arguments, donate=0):
-  # Machine code is not looked at, so LLVM need not optimise it: half the time.
-  options = {"xla_backend_optimization_level": 0}
-  lowered = jax.jit(run, donate_argnums=donate).lower(*arguments)
-  compiled = lowered.compile(compiler_options=options)
+  compiled = jax.jit(run, donate_argnums=donate).lower(*arguments).compile()
   memory = compiled.memory_analysis()
   return Compiled(
     alias_bytes=memory.alias_size_in_bytes,
@@ -227,7 +225,8 @@ def decode_step(num_blocks, max_seq_len):
 
 
 @pytest.mark.parametrize(
-  ("num_blocks", "max_seq_len"), [(1 << 20, 1024), (4096, 1 << 15), (1 << 20, 1 << 15)]
+  ("num_blocks", "max_seq_len"),
+  [(1 << 20, 1 << 15), *more((1 << 20, 1024), (4096, 1 << 15))],
 )
 def test_decode_step_is_the_same_work_for_any_size(num_blocks, max_seq_len):
   def opcodes(program):
@@ -250,7 +249,8 @@ HYBRID = dataclasses.replace(
 
 
 @pytest.mark.parametrize(
-  "name", ["admit", "fork", "finish", "publish", "evict", "decode_step", "serve"]
+  "name",
+  ["admit", "publish", "decode_step", *more("fork", "finish", "evict", "serve")],
 )
 def test_no_instruction_writes_all_states(name):
   """Nor those of one layer."""
@@ -268,6 +268,7 @@ def test_evicting_snapshots_costs_the_states_and_not_the_blocks():
   assert not module.scans(NUM_BLOCKS) and not table_rewrites(module)
 
 
+@pytest.mark.thorough
 def test_speculation_copies_neither_pool_nor_states():
   """A model drafts for a hybrid: two contexts in the carry."""
   layer = RecurrentLayer(state={"ssm": (4, 16, 24)})
@@ -315,16 +316,10 @@ WINDOWED = dataclasses.replace(
 @pytest.mark.parametrize(
   "name",
   [
-    "admit",
-    "fork",
-    "rewind",
-    "abandon",
     "publish",
-    "evict",
-    "evict_window_blocks",
     "decode_step",
-    "mixed_step",
-    "serve",
+    *more("admit", "fork", "rewind", "abandon", "evict"),
+    *more("evict_window_blocks", "mixed_step", "serve"),
   ],
 )
 def test_no_instruction_writes_all_of_a_window_s_pool(name):
@@ -340,7 +335,7 @@ def test_no_instruction_writes_all_of_a_window_s_pool(name):
     assert not program.module.scans(NUM_BLOCKS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", *more("bfloat16", "int8")])
 def test_narrow_pools_are_never_rewritten(dtype):
   """XLA would convert a whole float8 pool to write a row; here nothing is converted."""
 

@@ -204,6 +204,7 @@ def test_the_transfer_guard_sees_what_is_not_on_the_device():
     serve()(ctx, requests, np.int32(1000))
 
 
+@pytest.mark.thorough
 def test_serve_under_vmap_equals_single_runs():
   """A fleet of contexts on one device, each with its own requests."""
   singles = [served(seed) for seed in range(NUM_CONTEXTS)]

@@ -27,23 +27,8 @@ def row(section, by, us=None, *, what="llama, 64 rows, 9 tokens", **more):
   return Row(section=section, what=what, by=by, microseconds=us, **more)
 
 
-@pytest.fixture
-def hasty_worker(monkeypatch):
-  """A worker is a new process, which would know of no program compiled before.
-
-  What it compiles need not be fast: it runs a few times.
-  """
-  settings = {
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  }
-  for name, value in settings.items():
-    monkeypatch.setenv(name, value)
-
-
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
-@pytest.mark.usefixtures("hasty_worker")
 def test_a_dry_run_goes_through_all_sections(tmp_path, capsys):
   measure.main(["--dry-run", "--minutes", "60", "--out", str(tmp_path)])
   (data,), (page,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")

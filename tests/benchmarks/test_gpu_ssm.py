@@ -35,6 +35,7 @@ def one_millisecond(chain, seconds):
   return 1e-3
 
 
+@pytest.mark.thorough
 def test_a_dry_run_checks_and_times(monkeypatch):
   monkeypatch.setattr(ssm, "call_seconds", one_millisecond)
   rows = list(ssm.measure(RUN))

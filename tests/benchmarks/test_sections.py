@@ -12,17 +12,6 @@ from benchmarks.report import Row, Section
 from benchmarks.sizes import Size
 
 
-@pytest.fixture
-def hasty():
-  """Programs that run once need not be fast: most of the time is the compiler's."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
-
-
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("section", command.SECTIONS, ids=lambda section: section.name)
 def test_each_section_runs(section):
   rows = list(section.measure(Size.TINY))

@@ -18,6 +18,7 @@ from kvcache.models import DeepSeek2, LoadError
 from kvcache.nn import as_function
 from tests.fixtures.model_runs import admit, context_for, decode, feed, greedy, run_step
 from tests.fixtures.places import GOLDENS
+from tests.fixtures.thorough import more
 
 NAMES = ("tiny_deepseek2", "tiny_deepseek2_lite")
 
@@ -70,7 +71,7 @@ def test_a_token_keeps_one_latent_and_one_rotated_key():
   assert config.num_heads * of_a_head > 4 * (12 + 8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *more(NAMES[1])])
 def test_logits_equal_those_of_transformers(name):
   for run in runs(name):
     ctx, row, _ = admit(context(name), run["prompt"])
@@ -96,6 +97,7 @@ def test_a_prefix_hit_gives_the_bits_of_a_miss():
   np.testing.assert_allclose(hit, LONG["logits"], atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_rows_side_by_side_are_served_as_alone():
   prompts = [run["prompt"] for run in runs(NAMES[0])]
   ctx, out = kvcache.generate(

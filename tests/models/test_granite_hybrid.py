@@ -17,6 +17,7 @@ from kvcache.models import GraniteHybridConfig, LoadError
 from kvcache.nn import as_function, Mamba2
 from tests.fixtures.model_runs import admit, decode, feed, greedy
 from tests.fixtures.places import GOLDENS
+from tests.fixtures.thorough import more
 
 FOLDER = GOLDENS / "tiny_granite_hybrid"
 RUNS = json.loads((FOLDER / "expected.json").read_text("utf-8"))["runs"]
@@ -49,7 +50,7 @@ def test_the_folder_says_what_the_model_is():
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{len(run['prompt'])} tokens")
-@pytest.mark.parametrize("num_tokens", [16, 64, 5])
+@pytest.mark.parametrize("num_tokens", [16, *more(64, 5)])
 def test_logits_equal_those_of_transformers(run, num_tokens):
   ctx, row, _ = admit(context(), run["prompt"])
   logits, ctx = feed(function(), ctx, row, run["prompt"], num_tokens=num_tokens)
@@ -80,6 +81,7 @@ def test_logits_after_a_prefix_hit_are_the_same():
   kvcache.check_invariants(ctx)
 
 
+@pytest.mark.thorough
 def test_rows_side_by_side_are_served_as_alone():
   prompts = [run["prompt"] for run in RUNS]
   ctx, out = kvcache.generate(
@@ -95,6 +97,7 @@ def test_rows_side_by_side_are_served_as_alone():
   kvcache.check_invariants(ctx)
 
 
+@pytest.mark.thorough
 def test_speculation_changes_no_token():
   """Drafts that were right and wrong, in texts that repeat themselves."""
   prompts, slices = [run["prompt"] for run in RUNS], []

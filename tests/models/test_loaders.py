@@ -50,6 +50,7 @@ def test_a_folder_computes_what_transformers_computes(name):
   assert tokens == run["tokens"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["tiny_mistral", "tiny_gemma2"])
 def test_windows_hold_little_and_hits_find_them(name):
   """A window of 12 tokens, asked for 60: three or four blocks of four are held."""

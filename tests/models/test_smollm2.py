@@ -75,6 +75,7 @@ def test_the_goldens_are_worth_comparing_with():
   assert len(starts) - len(set(starts)) >= 3  # long shared prefixes
 
 
+@pytest.mark.thorough
 def test_a_batch_and_then_prefix_hits(model, loaded):
   ctx = make_context(loaded, num_blocks=161)
   ctx, first = generate(model, ctx, NAMES)
@@ -91,6 +92,7 @@ def test_a_batch_and_then_prefix_hits(model, loaded):
     assert completion.num_cached == whole_blocks, name
 
 
+@pytest.mark.thorough
 def test_preemption_changes_no_token(model, loaded):
   # The longest request alone needs 24 blocks; eight at once need far more than 30.
   ctx = make_context(loaded, num_blocks=31)

@@ -85,6 +85,7 @@ def test_slices_append():
   np.testing.assert_array_equal(requests.num_waited, whole()[1].num_waited)
 
 
+@pytest.mark.thorough
 def test_the_ring_keeps_the_newest():
   _, _, history = jax.device_get(run(1000, size=3))
   found, want = history.series(), whole()[2].series()
@@ -133,22 +134,26 @@ def test_requests_know_why_they_waited():
 
 
 def test_what_a_request_waits_for_now_counts():
-  _, requests, _ = jax.device_get(run(3, size=4))
+  _, requests, _ = jax.device_get(run(3, size=64))
   assert requests.wait_reason[5] == WaitReason.NO_ROW
   assert requests.waited(5) == {WaitReason.NO_ROW: 3}
   assert requests.num_scheduled < requests.num_steps == 3
   assert "waiting" in requests.explain(5) and "3 for a row" in requests.explain(5)
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def one_step(ctx, requests):
   scheduler = SchedulerConfig(token_budget=8, max_admissions=3, watermark=0)
   return kvcache.serve(toy.model, ctx, requests, scheduler=scheduler, max_steps=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ("num_blocks", "num_window_blocks", "why"),
-  [(60, 9, WaitReason.NO_WINDOW_BLOCKS), (11, 60, WaitReason.NO_BLOCKS)],
+  [
+    (60, 9, WaitReason.NO_WINDOW_BLOCKS),
+    (11, 60, WaitReason.NO_BLOCKS),
+  ],
   ids=["window", "context"],
 )
 def test_the_pool_that_is_short_is_named(num_blocks, num_window_blocks, why):
@@ -198,7 +203,7 @@ def program(*, records):
   requests = jax.eval_shape(
     lambda: toy.make_requests(PROMPTS, 12, num=NUM, width=WIDTH)
   )
-  history = kvcache.make_history(4) if records else None
+  history = kvcache.make_history(64) if records else None
   lowered = serve.lower(ctx, requests, history, jnp.int32(1))
   return hlo.read(lowered.compile().as_text())
 
@@ -218,6 +223,7 @@ def decode_loop(module):
   return steps[1].callees["body"]
 
 
+@pytest.mark.thorough
 def test_a_history_costs_the_decode_loop_nothing():
   sizes = [
     sum(1 for _ in module.walk(decode_loop(module), into_fusions=True))
@@ -226,6 +232,7 @@ def test_a_history_costs_the_decode_loop_nothing():
   assert sizes[0] == sizes[1] > 50
 
 
+@pytest.mark.thorough
 def test_nothing_is_recorded_unless_asked():
   names = [i.op_name for i in program(records=False).walk(into_fusions=True)]
   assert not any("/history/" in name for name in names)
@@ -243,6 +250,7 @@ def test_the_parts_of_the_loop_have_names():
 # --- generate -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_generate_hands_out_the_history_and_the_context(monkeypatch, capsys):
   monkeypatch.setattr("kvcache.observe.terminal.is_terminal", lambda stream: True)
   parts, maps = [], []

@@ -14,6 +14,7 @@ from pallas_kernels.paged_attention import (
   merge,
   paged_attention,
 )
+from tests.fixtures.thorough import more
 
 S, H, K, D, BLOCK, P, N = 5, 4, 2, 8, 4, 48, 128
 LENGTHS = np.array([170, 161, 0, 165, 180], np.int32)
@@ -58,7 +59,7 @@ def both(*args, num_prefix_blocks, shares=None, **options):
   return shared, paged_attention(*args, **options)
 
 
-@pytest.mark.parametrize("num_prefix_blocks", [0, 1, 32, NUM_SHARED])
+@pytest.mark.parametrize("num_prefix_blocks", [0, 32, *more(1, NUM_SHARED)])
 @pytest.mark.parametrize("chunks", [None, [10, 1, 0, 5, 4]], ids=["decode", "packed"])
 @pytest.mark.parametrize("options", [{}, {"sinks": SINKS, "logits_soft_cap": 2.0}])
 def test_a_shared_prefix_changes_nothing(scene, chunks, num_prefix_blocks, options):
@@ -87,7 +88,7 @@ def mixed(scene):
   return tables, k, v, np.array([100, 161, 0, 165, 180], np.int32)
 
 
-@pytest.mark.parametrize("num_prefix_blocks", [0, 1, 25, NUM_SHARED, P + 1])
+@pytest.mark.parametrize("num_prefix_blocks", [25, P + 1, *more(0, 1, NUM_SHARED)])
 @pytest.mark.parametrize(
   "chunks",
   # Row 4's queries begin behind the prefix, at it, before it; it is not in the step.

@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.arg_specs import named
 from pallas_kernels.paged_attention.call import Call
 from tests.aot import deviceless
+from tests.fixtures.thorough import more
 
 # Of what jax offers, only this says whether the detector found anything, and starts
 # anew after an exception.
@@ -140,17 +141,19 @@ def check(args, *, max_query_len=None, **options):
   ("lens", "settings", "options"),
   [
     ([1, 0, 130, 300], {}, {}),
-    ([70, 200], {"block_size": 64, "head_dim": 128}, {}),
-    ([1, 200], {"block_size": 128}, {}),
     ([9, 80], {"queries": 3, "block_size": 8}, {}),
     (
       [40, 200],
       {"window": 70},
       {"sliding_window": 70, "logits_soft_cap": 2.0, "sinks": jnp.arange(4.0)},
     ),
-    ([90], {"group": 10}, {}),
+    *more(
+      ([70, 200], {"block_size": 64, "head_dim": 128}, {}),
+      ([1, 200], {"block_size": 128}, {}),
+      ([90], {"group": 10}, {}),
+    ),
   ],
-  ids=["ragged", "block 64", "block 128", "drafts", "window", "16 columns"],
+  ids=["ragged", "drafts", "window", "block 64", "block 128", "16 columns"],
 )
 def test_few_queries_are_split_along_their_keys(lens, settings, options):
   queries = settings.pop("queries", 1)
@@ -165,31 +168,39 @@ WINDOW = {"sliding_window": 40, "logits_soft_cap": 2.0, "sinks": jnp.arange(8.0)
   ("rows", "settings", "options"),
   [
     ([(1, 1), (129, 129), (0, 0), (300, 70), (130, 1), (9, 9)], {}, {}),
-    ([(128, 128), (127, 127)], {"group": 1, "block_size": 128}, {}),
-    ([(150, 50)], {"group": 3, "block_size": 64, "head_dim": 128}, {}),
-    ([(330, 150), (40, 30)], {"group": 4, "window": 40, "block_size": 32}, WINDOW),
-    ([(600, 40)], {"group": 4, "window": 260}, {"sliding_window": 260}),
-    ([(40, 40), (33, 2), (30, 3)], {"group": 8, "dtype": "float16"}, {}),
-    ([(70, 5), (1, 1)], {"group": 20, "head_dim": 256, "block_size": 128}, {}),
+    *more(
+      ([(330, 150), (40, 30)], {"group": 4, "window": 40, "block_size": 32}, WINDOW),
+      ([(128, 128), (127, 127)], {"group": 1, "block_size": 128}, {}),
+      ([(150, 50)], {"group": 3, "block_size": 64, "head_dim": 128}, {}),
+      ([(600, 40)], {"group": 4, "window": 260}, {"sliding_window": 260}),
+      ([(40, 40), (33, 2), (30, 3)], {"group": 8, "dtype": "float16"}, {}),
+      ([(70, 5), (1, 1)], {"group": 20, "head_dim": 256, "block_size": 128}, {}),
+    ),
   ],
-  ids=["mixed", "exact", "group 3", "window", "wide window", "group 8", "no splits"],
+  ids=["mixed", "window", "exact", "group 3", "wide window", "group 8", "no splits"],
 )
 def test_prompt_chunks_go_beside_decoding(rows, settings, options):
   check(make(rows, **settings), **options)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "float8"])
+@pytest.mark.parametrize("kv_dtype", ["float8", *more("int8")])
 @pytest.mark.parametrize(
   ("rows", "settings", "options"),
   [
     ([(1, 1), (0, 0), (300, 70), (130, 1)], {"block_size": 32}, {}),
-    (
-      [(330, 150), (200, 1)],
-      {"group": 4, "window": 40, "block_size": 64, "head_dim": 128},
-      WINDOW,
+    *more(
+      (
+        [(330, 150), (200, 1)],
+        {"group": 4, "window": 40, "block_size": 64, "head_dim": 128},
+        WINDOW,
+      ),
+      (
+        [(150, 1), (64, 9)],
+        {"head_dim": 96, "block_size": 128, "dtype": "float16"},
+        {},
+      ),
+      ([(70, 5)], {"group": 20, "head_dim": 256, "block_size": 128}, {}),
     ),
-    ([(150, 1), (64, 9)], {"head_dim": 96, "block_size": 128, "dtype": "float16"}, {}),
-    ([(70, 5)], {"group": 20, "head_dim": 256, "block_size": 128}, {}),
   ],
   ids=["mixed", "window", "float16", "wide"],
 )
@@ -200,12 +211,14 @@ def test_quantised_tiles_are_made_floats_on_their_way(
   check(args, **options, **scales)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("head_dim", [80, 96])
 def test_heads_that_fill_no_tile(head_dim):
   rows = [(1, 1), (300, 70), (130, 1), (9, 9)]
   check(make(rows, group=3, head_dim=head_dim, block_size=8))
 
 
+@pytest.mark.thorough
 def test_quantised_latent_keys():
   q, k, _, *ids = make([(150, 1), (64, 1)], group=16, head_dim=192, block_size=32)
   args, scales = quantised((q, k, None, *ids), "float8")
@@ -217,6 +230,7 @@ def test_latent_keys_have_their_values_in_front():
   check((q, k, None, *ids), max_query_len=1, v_head_dim=128)
 
 
+@pytest.mark.thorough
 def test_bits_depend_on_nothing_but_the_row():
   q, k, v, tables, lens, starts = make([(200, 40), (170, 1), (200, 170), (5, 5)])
   # Two rows of the same tokens, most of which the first had before.
@@ -235,12 +249,8 @@ def test_bits_depend_on_nothing_but_the_row():
   "name",
   [
     "llama-3-8b",
-    "llama-3-8b block 8",
-    "llama-3-8b block 128",
-    "llama-3-8b int8",
-    "gemma-3-4b",
-    "phi-2",
-    "phi-3-mini",
+    *more("llama-3-8b block 8", "llama-3-8b block 128", "llama-3-8b int8"),
+    *more("gemma-3-4b", "phi-2", "phi-3-mini"),
   ],
 )
 @pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])

@@ -17,6 +17,7 @@ from pallas_kernels.ssm import triton
 from pallas_kernels.ssm.arg_specs import ARG_SPECS, named
 from pallas_kernels.ssm.rows import Rows
 from tests.aot import deviceless
+from tests.fixtures.thorough import more
 from tests.pallas_kernels.test_ssm import draw, expect, starts
 
 pytestmark = pytest.mark.filterwarnings(
@@ -264,7 +265,9 @@ def lower(run, shapes, **options):
   return deviceless.lower(run, **shapes).as_text().count("__gpu$xla.gpu.triton")
 
 
-@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+  "spec", [ARG_SPECS[0], *more(*ARG_SPECS[1:])], ids=lambda spec: spec.name
+)
 def test_every_named_shape_is_lowered(spec):
   sizes = {"num_seqs": 4, "num_states": 9, "num_layers": 2}
   found = []

@@ -21,6 +21,7 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.arg_specs import named
 from pallas_kernels.paged_attention.call import Call
 from tests.aot import deviceless
+from tests.fixtures.thorough import more
 from tests.pallas_kernels.test_attention_variants import (
   arguments,
   hide_what_is_behind,
@@ -72,7 +73,7 @@ def check(batch, args, options, *, tolerance=5e-6):
 
 
 @BOTH
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("group", [3, *more(1)])
 def test_every_length_is_right(chunks, group):
   batch = Batch(group, chunks=chunks, head_dim=D)
   check(batch, batch.arguments, {})
@@ -82,11 +83,13 @@ def test_every_length_is_right(chunks, group):
   ("chunks", "variant", "store"),
   [
     (None, "all at once", "plain"),
-    (CHUNKS, "all at once", "plain"),
-    (None, "window across tiles", "fp8"),
     (CHUNKS, "sinks", "int8"),
     (None, "soft cap", "latent int8"),
-    (CHUNKS, None, "latent"),
+    *more(
+      (CHUNKS, "all at once", "plain"),
+      (None, "window across tiles", "fp8"),
+      (CHUNKS, None, "latent"),
+    ),
   ],
 )
 def test_variants_agree_with_the_plain_reference(monkeypatch, chunks, variant, store):
@@ -99,6 +102,7 @@ def test_variants_agree_with_the_plain_reference(monkeypatch, chunks, variant, s
   check(batch, args, options | kept)
 
 
+@pytest.mark.thorough
 @BOTH
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_as_good_as_its_inputs(chunks, dtype):
@@ -140,7 +144,7 @@ def test_neighbours_do_not_change_bits(chunks):
     np.testing.assert_array_equal(alone[1][mine], lse[mine])
 
 
-@pytest.mark.parametrize("store", ["fp8", "latent int8"])
+@pytest.mark.parametrize("store", ["fp8", *more("latent int8")])
 def test_pairs_of_elements_are_the_elements(monkeypatch, store):
   """And so are elements that are put together of their bits."""
   monkeypatch.setattr("tests.pallas_kernels.test_attention_variants.DV", 32)

@@ -11,9 +11,10 @@ import pytest
 from examples import model_flax, model_plain, move_flax, move_function
 import kvcache as kv
 from kvcache import nn
+from tests.fixtures.thorough import more
 
 
-@pytest.mark.parametrize("example", [model_flax, model_plain])
+@pytest.mark.parametrize("example", [model_plain, *more(model_flax)])
 def test_models_generate(example):
   """Deterministic, in range, and dependent on the prompt."""
   first, second = example.main()
@@ -21,7 +22,7 @@ def test_models_generate(example):
   assert all(0 <= token < example.VOCAB for token in first + second)
 
 
-@pytest.mark.parametrize("example", [move_flax, move_function])
+@pytest.mark.parametrize("example", [move_flax, *more(move_function)])
 def test_a_moved_model_gives_the_tokens_it_gave_before(example):
   before, after = example.main()
   assert before == after

@@ -83,12 +83,10 @@ def test_nothing_of_the_machine_is_in_it(path):
 
 @pytest.fixture
 def kernel_environment(monkeypatch):
-  """Of the kernels: this interpreter, this tree, and compiled programs kept."""
+  """Of the kernels: this interpreter, and this tree."""
   monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
   monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def run(path, folder):

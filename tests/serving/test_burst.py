@@ -17,6 +17,7 @@ from kvcache import FinishReason, RequestStatus, SchedulerConfig, Status
 from kvcache.serving import sampling
 from tests.fixtures import toy_model as toy
 
+pytestmark = pytest.mark.thorough
 NUM = 10_000
 SIZES = toy.config(num_blocks=385, block_size=2, max_seqs=64, max_seq_len=96)
 HYBRID = toy.config(

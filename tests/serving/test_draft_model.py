@@ -12,6 +12,7 @@ from kvcache import CacheConfig, DraftModel, SamplingParams
 from kvcache.nn import as_function
 from tests.fixtures import toy_model as toy
 from tests.fixtures.model_runs import greedy
+from tests.fixtures.thorough import more
 from tests.models.test_models import BASE, PROMPT
 from tests.models.test_models import make as make_llama
 from tests.serving.test_serve import CROWDED, mixture, random_prompts, TINY
@@ -37,7 +38,7 @@ def crowd():
   return drafter()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, *more(1)])
 def test_a_crowd_gets_the_same_tokens(crowd, seed):
   rng, num = np.random.default_rng(seed), CROWDED.num
   prompts = random_prompts(rng, num, longest=24)
@@ -47,6 +48,7 @@ def test_a_crowd_gets_the_same_tokens(crowd, seed):
   assert int(requests.num_preemptions.sum()) > 0
 
 
+@pytest.mark.thorough
 def test_the_model_itself_is_always_right():
   """Also where the model it drafts for is a hybrid, and it is not."""
   prompts = random_prompts(np.random.default_rng(3), 3, longest=8)
@@ -56,6 +58,7 @@ def test_the_model_itself_is_always_right():
   assert requests.num_accepted == requests.num_drafts > 40
 
 
+@pytest.mark.thorough
 def test_a_tiny_pool():
   case, rng = TINY[2], np.random.default_rng(2)
   prompts = [rng.integers(0, toy.VOCAB, n).tolist() for n in rng.integers(1, 9, 6)]
@@ -63,6 +66,7 @@ def test_a_tiny_pool():
   check(case, prompts, rng.integers(1, 20, 6).tolist(), drafter=one)
 
 
+@pytest.mark.thorough
 def test_where_the_draft_context_ends_there_are_no_drafts():
   """It has blocks for some rows, and columns for the first tokens of each."""
   config = dataclasses.replace(SIZES, num_blocks=9, max_seq_len=24)
@@ -116,6 +120,7 @@ def test_rows_go_back_and_catch_up():
   assert (num, lens) == ([0, 3], [5, 5])
 
 
+@pytest.mark.thorough
 def test_slices_keep_the_draft_context_and_the_weights():
   """A drafter with arrays of its own serves again, in slices of any length."""
   target, small = (as_function(make_llama(BASE, seed=seed)) for seed in (0, 1))
@@ -145,6 +150,7 @@ def test_slices_keep_the_draft_context_and_the_weights():
   assert counts[1][0] == counts[1][1] > 10
 
 
+@pytest.mark.thorough
 def test_sampled_tokens_have_the_distribution_of_the_model(crowd):
   """A test of its own kind: it knows nothing of noise, only of probabilities.
 

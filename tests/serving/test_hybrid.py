@@ -16,6 +16,7 @@ import kvcache
 from kvcache import SchedulerConfig, Status
 from kvcache.serving import scheduler as sch
 from tests.fixtures import toy_model as toy
+from tests.fixtures.thorough import more
 from tests.serving.test_serve import (
   assert_all_given_back,
   Case,
@@ -63,7 +64,7 @@ def with_sizes(**sizes):
   return dataclasses.replace(ROOMY, sizes=dataclasses.replace(ROOMY.sizes, **sizes))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *more(1, 2, 3)])
 def test_a_crowd_gets_what_each_gets_alone(seed):
   rng, num = np.random.default_rng(seed), HYBRID.num
   prompts = random_prompts(rng, num, longest=24)
@@ -73,6 +74,7 @@ def test_a_crowd_gets_what_each_gets_alone(seed):
   assert int(ctx.counters.lost_tokens) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_snapshots", [0, 1])
 def test_few_snapshots_or_none_cost_hits_only(num_snapshots):
   case = dataclasses.replace(
@@ -84,6 +86,7 @@ def test_few_snapshots_or_none_cost_hits_only(num_snapshots):
   assert num_snapshots or not int(ctx.counters.hit_tokens)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE + 1, 30])
 @pytest.mark.parametrize("loss", ["nothing", "blocks", "snapshots"])
 def test_a_prompt_asked_again_gets_the_same(length, loss):

@@ -1,5 +1,7 @@
 """Rows of a context that belong to no request: `serve` leaves them alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,23 +10,31 @@ import pytest
 import kvcache
 from kvcache import RequestStatus, SamplingParams, Status
 from tests.fixtures import toy_model as toy
+from tests.fixtures.thorough import more
 from tests.serving.test_serve import assert_results, CROWDED, random_prompts
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_others(sizes, num, lengths):
+  """As many rows as `num`, of up to 64 tokens each: `(ctx, status)`."""
+  ctx, rows = kvcache.init(sizes), jnp.arange(sizes.max_seqs, dtype=jnp.int32)
+  prompts = jnp.broadcast_to(7 + rows[:, None], (sizes.max_seqs, 64))
+  ctx, _ = kvcache.admit(ctx, prompts, lengths)
+  lengths = jnp.where(rows < num, lengths, 0)
+  ctx, status = kvcache.extend(ctx, lengths, num_tokens=96)
+  metadata = kvcache.step_metadata(ctx, lengths, num_tokens=96)
+  tokens = 7 + metadata.seq_ids
+  _, ctx = toy.model(tokens, metadata, ctx)
+  return kvcache.commit(ctx, tokens, metadata), status
 
 
 def with_others(case, lengths):
   """A context with rows that belong to no request, every token computed."""
-  ctx = kvcache.init(case.sizes)
-  prompts = np.full((len(lengths), max(lengths)), 7) + np.arange(len(lengths))[:, None]
-  ctx, _ = kvcache.admit(ctx, prompts, np.array(lengths))
-  wanted = np.zeros(case.sizes.max_seqs, np.int32)
-  wanted[: len(lengths)] = lengths
-  num = int(wanted.sum())
-  ctx, status = kvcache.extend(ctx, wanted, num_tokens=num)
+  padded = np.zeros(case.sizes.max_seqs, np.int32)
+  padded[: len(lengths)] = lengths
+  ctx, status = _with_others(case.sizes, len(lengths), padded)
   assert (status == Status.OK).all()
-  metadata = kvcache.step_metadata(ctx, wanted, num_tokens=num)
-  tokens = jnp.concatenate([jnp.full(n, 7 + row) for row, n in enumerate(lengths)])
-  _, ctx = toy.model(tokens, metadata, ctx)
-  return kvcache.commit(ctx, tokens, metadata)
+  return ctx
 
 
 def assert_alone_and_as_before(ctx, before, num, *more):
@@ -35,7 +45,7 @@ def assert_alone_and_as_before(ctx, before, num, *more):
     assert not now[num:].any()  # also of requests that could not go on
 
 
-@pytest.mark.parametrize("lengths", [[9, 3], [1], [64, 10]])
+@pytest.mark.parametrize("lengths", [[9, 3], *more([1], [64, 10])])
 def test_rows_of_others_stay_as_they_are(lengths):
   ctx = with_others(CROWDED, lengths)
   before = jax.device_get(ctx.sequences)
@@ -92,6 +102,7 @@ def test_generate_serves_beside_rows_of_others():
   kvcache.check_invariants(ctx)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ("lengths", "status"), [([3] * 6, Status.NO_ROW), ([60, 36], Status.NO_BLOCKS)]
 )
@@ -102,6 +113,7 @@ def test_generate_refuses_what_others_are_in_the_way_of(lengths, status):
   assert status.is_transient
 
 
+@pytest.mark.thorough
 def test_only_who_is_in_the_way_is_refused():
   """The first in the queue is too long; those behind it are not."""
   prompts = [list(range(1, 25)), [9, 8, 7], [5] * 4]
@@ -111,6 +123,7 @@ def test_only_who_is_in_the_way_is_refused():
   assert [one.tokens for one in short] == [one.tokens for one in want]
 
 
+@pytest.mark.thorough
 def test_each_is_told_what_it_lacks_itself():
   """One row is left: a request lacks blocks in it, and the other one the row."""
   prompts = [list(range(1, 17)), [9, 8, 7]]
@@ -133,6 +146,7 @@ def test_a_row_that_somebody_else_has_got_is_not_taken_for_ones_own():
   assert_results(requests, CROWDED.expected(prompts, 6, params=params))
 
 
+@pytest.mark.thorough
 def test_generate_keeps_what_a_request_had_before_it_could_not_go_on():
   prompt = [1, 2, 3]
   _, (done,) = generate_among([60, 27], [prompt], 30)
@@ -141,7 +155,7 @@ def test_generate_keeps_what_a_request_had_before_it_could_not_go_on():
   assert 0 < len(done.tokens) < 30 and done.tokens == want.tokens[: len(done.tokens)]
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_steps", [4, *more(1)])
 def test_requests_whose_rows_are_gone_are_computed_again(num_steps):
   prompts = [[1, 2, 3], [5] * 9, [4]]
   asked = CROWDED.requests(prompts, 6)

@@ -217,6 +217,7 @@ def test_no_more_than_max_admissions_are_admitted_in_a_step():
   assert [len(plan) for plan in plans] == [A, S]
 
 
+@pytest.mark.thorough
 def test_what_can_never_fit_is_refused_and_does_not_block_the_others():
   too_long = [1] * (TIGHT.max_tokens_per_seq + 1)
   requests = make([[], too_long, [5, 6], too_long], 2, num=4, width=40)
@@ -241,6 +242,7 @@ def test_a_prompt_without_blocks_waits_and_stalls_later_ones():
   assert np.asarray(after.status).tolist()[:3] == [running, waiting, waiting]
 
 
+@pytest.mark.thorough
 def test_prompts_wait_for_blocks_of_a_window_in_their_order():
   # A prompt of 20 tokens holds 5 of 11 blocks while it is computed.
   sizes = toy.config(

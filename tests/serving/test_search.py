@@ -13,6 +13,7 @@ from kvcache import SamplingParams, Status
 from kvcache.serving import sampling
 from kvcache.serving.requests import NO_TOKEN
 from tests.fixtures import toy_model as toy
+from tests.fixtures.thorough import more
 
 PROMPT = np.random.default_rng(1).integers(0, toy.VOCAB, 21).tolist()
 SIZES = {
@@ -33,11 +34,7 @@ NUM_NEW = 9
 fresh = jax.jit(toy.fresh, static_argnums=0)
 
 
-# Compiling takes longer than searching, so LLVM is told not to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(jit, static_argnames="num_beams")
+@functools.partial(jax.jit, static_argnames="num_beams")
 def _beam_search(ctx, prompt, length, *, num_beams, **options):
   return kvcache.beam_search(
     toy.model,
@@ -57,7 +54,7 @@ def beam_search(ctx, prompt, length, *, num_beams, stop_token=-1, length_penalty
   return _beam_search(ctx, prompt, length, num_beams=num_beams, **options)
 
 
-@jit
+@jax.jit
 def best_of(ctx, prompt, length, settings):
   return kvcache.best_of(
     toy.model, ctx, prompt, length, settings, max_new_tokens=NUM_NEW, stop_token=3
@@ -99,11 +96,9 @@ def assert_all_given_back(ctx):
 @pytest.mark.parametrize(
   ("kind", "num_beams", "penalty"),
   [
-    ("attention", 1, 1.0),
     ("attention", 4, 1.0),
     ("attention", 4, 0.0),
-    ("hybrid", 4, 0.5),
-    ("window", 4, 1.0),
+    *more(("attention", 1, 1.0), ("hybrid", 4, 0.5), ("window", 4, 1.0)),
   ],
 )
 def test_beams_are_those_of_a_plain_search(kind, num_beams, penalty):
@@ -130,7 +125,7 @@ def test_beams_are_those_of_a_plain_search(kind, num_beams, penalty):
   assert_all_given_back(ctx)
 
 
-@pytest.mark.parametrize("kind", ["hybrid"])
+@pytest.mark.parametrize("kind", ["attention", *more("hybrid")])
 def test_samples_are_those_of_single_requests(kind):
   params = [SamplingParams(temperature=2.0, seed=seed) for seed in range(4)]
   ctx, result = best_of(
@@ -147,6 +142,7 @@ def test_samples_are_those_of_single_requests(kind):
   assert_all_given_back(ctx)
 
 
+@pytest.mark.thorough
 def test_short_memory_loses_branches_and_says_so():
   """One of four beams finds blocks to the end; in less, the prompt does not fit."""
   sizes = toy.config(num_blocks=9, block_size=4, max_seqs=5, max_seq_len=48)
@@ -162,6 +158,7 @@ def test_short_memory_loses_branches_and_says_so():
   assert_all_given_back(ctx)
 
 
+@pytest.mark.thorough
 def test_what_branches_lacked_is_told():
   """Blocks of a window, though the context has many; or rows that others hold."""
   sizes = dataclasses.replace(SIZES["window"], num_window_blocks=7)

@@ -25,6 +25,7 @@ from tests.aot import hlo
 from tests.fixtures import toy_model as toy
 from tests.fixtures.model_runs import run_step
 from tests.fixtures.places import GOLDENS
+from tests.fixtures.thorough import more
 
 MODEL = LlamaConfig(
   vocab_size=64,
@@ -126,6 +127,7 @@ def test_xla_splits_the_loop_after_its_weights():
   assert_same_work(ctx, done)
 
 
+@pytest.mark.thorough
 def test_the_whole_loop_runs_under_shard_map():
   """Two fleets of four devices each, and every fleet has its own context."""
   mesh = mesh_of(data=2, kv=2, group=2)
@@ -210,6 +212,7 @@ def with_drafts(kind):
   return jax.device_get((ctx.tables, done))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["lookup", "model"])
 def test_xla_splits_drafts_too(kind):
   with jax.set_mesh(mesh_of(kv=2, group=4)):
@@ -223,6 +226,7 @@ def test_xla_splits_drafts_too(kind):
   assert_same_work(ctx, done, with_drafts(kind))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["lookup", "model"])
 def test_drafts_under_shard_map(kind):
   mesh = mesh_of(kv=2, group=4)
@@ -249,6 +253,7 @@ def test_drafts_under_shard_map(kind):
   assert_same_work(ctx, done, with_drafts(kind))
 
 
+@pytest.mark.thorough
 def test_generate_splits_what_xla_splits_and_refuses_the_rest():
   """In slices, between which the draft context stays where it is."""
   generate = functools.partial(
@@ -286,6 +291,7 @@ def test_generate_splits_what_xla_splits_and_refuses_the_rest():
 TOY = toy.config(num_blocks=24, block_size=4, max_seqs=2, max_seq_len=48)
 
 
+@pytest.mark.thorough
 def test_a_sequence_moves_from_one_context_of_a_fleet_to_another():
   mesh = mesh_of(data=2)
   over = functools.partial(
@@ -373,10 +379,12 @@ def hybrid_model(num_groups):
   ("make", "local_shapes"),
   [
     (latent_model, None),
-    (functools.partial(hybrid_model, 1), {"conv": (6, 3), "ssm": (1, 4, 8)}),
-    (functools.partial(hybrid_model, 4), {"conv": (12, 3), "ssm": (1, 4, 8)}),
+    *more(
+      (functools.partial(hybrid_model, 4), {"conv": (12, 3), "ssm": (1, 4, 8)}),
+      (functools.partial(hybrid_model, 1), {"conv": (6, 3), "ssm": (1, 4, 8)}),
+    ),
   ],
-  ids=["latent", "one group", "four groups"],
+  ids=["latent", "four groups", "one group"],
 )
 def test_other_layers_are_split_too(make, local_shapes):
   made, layers = make()

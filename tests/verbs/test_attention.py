@@ -18,6 +18,7 @@ import kvcache
 from pallas_kernels.paged_attention import paged_attention, reference, xla
 from pallas_kernels.paged_attention.call import Call
 from tests.fixtures import small
+from tests.fixtures.thorough import more
 
 S, P, N, K, BLOCK, D = 8, 64, 256, 2, 4, 8
 LENGTHS = [0, 1, 4, 5, 128, 127, 129, 250]
@@ -97,7 +98,7 @@ def kernel(*args, max_query_len, sm_scale=None):
   return paged_attention(*args, **kwargs, implementation="xla")
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [2, *more(1, 3, 4)])
 @pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["decode", "packed"])
 def test_every_length_and_group_is_right(chunks, group):
   batch = Batch(group, chunks=chunks)
@@ -211,17 +212,14 @@ def moved(batch, order):
   return other
 
 
-LIVE_ROWS = [1, 2, 3, 4, 6, 7]
-
-
-@pytest.mark.parametrize("row", LIVE_ROWS)
+@pytest.mark.parametrize("row", [2, 7, *more(1, 3, 4, 6)])
 @pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["decode", "packed"])
 def test_a_rows_bits_are_the_same_alone(chunks, row):
   batch = Batch(2, chunks=chunks)
   np.testing.assert_array_equal(row_of(only(batch, row), row), row_of(batch, row))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *more(1, 2)])
 @pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["decode", "packed"])
 def test_a_rows_bits_are_the_same_in_another_row(chunks, seed):
   batch = Batch(2, chunks=chunks)
@@ -231,7 +229,7 @@ def test_a_rows_bits_are_the_same_in_another_row(chunks, seed):
     np.testing.assert_array_equal(row_of(other, new), row_of(batch, old))
 
 
-@pytest.mark.parametrize("hit", [4, 8, 16, 28])
+@pytest.mark.parametrize("hit", [8, *more(4, 16, 28)])
 def test_a_tokens_bits_are_the_same_after_a_prefix_hit(hit):
   """The last tokens of a prompt of which the first ones need not be computed."""
   chunks = [0, 0, 0, 0, 0, 0, 32, 0]

@@ -86,7 +86,7 @@ import os, sys
 import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-from tests import test_checkpoint as t
+from tests.verbs import test_checkpoint as t
 
 slices = []
 def on_slice(one):
@@ -160,7 +160,7 @@ def test_what_belongs_to_something_else_is_refused(tmp_path, change, message):
 
 READ = """
 import sys
-from tests import test_checkpoint as t
+from tests.verbs import test_checkpoint as t
 import kvcache
 
 try:

@@ -72,12 +72,7 @@ def step(ctx, query_lens, num_tokens, num_logits=1):
   return kvcache.commit(ctx, tokens, metadata, accepted=accepted)
 
 
-# Compiling takes longer than the story, so LLVM is told not to optimise.
-@functools.partial(
-  jax.jit,
-  static_argnames="scrub",
-  compiler_options={"xla_backend_optimization_level": 0},
-)
+@functools.partial(jax.jit, static_argnames="scrub")
 def story(scrub: bool) -> dict[str, Context]:
   """Every way of being given blocks and states, and the context after each."""
   ctx = full_of_secrets(kvcache.init(dataclasses.replace(CONFIG, scrub=scrub)))
@@ -145,6 +140,7 @@ def test_nobody_is_given_what_another_left():
   assert not (admitted.states.arrays["sum"][:, taken] == SECRET).any()
 
 
+@pytest.mark.thorough
 def test_without_it_everything_is_left_in_place():
   """So the test above looks where it should."""
   chapters = story(False)

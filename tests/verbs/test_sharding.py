@@ -15,9 +15,9 @@ from kvcache import AttentionLayer, CacheConfig, RecurrentLayer
 from kvcache.verbs import sharding
 from tests.fixtures import small
 from tests.fixtures.places import ROOT
+from tests.fixtures.thorough import more
 
-# Compiled code need not be fast where little is computed.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAG = "--xla_force_host_platform_device_count=8"
 
 
 def mesh_of(**axes):
@@ -117,12 +117,13 @@ def test_a_step_needs_its_mesh():
     trace()
 
 
-def test_on_eight_devices():
-  command = [sys.executable, "-m", "pytest", "-q", "-x"]
+@pytest.mark.parametrize("which", ["not thorough", *more("thorough")])
+def test_on_eight_devices(which):
+  command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", which]
   run = subprocess.run(
     [*command, "tests/verbs/on_eight_devices.py"],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": FLAGS},
+    env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAG}"},
     capture_output=True,
     text=True,
     check=False,

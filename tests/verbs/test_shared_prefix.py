@@ -14,6 +14,7 @@ from kvcache.models import Llama, LlamaConfig
 from kvcache.nn import as_function
 from kvcache.verbs import metadata
 from tests.fixtures.small import ints
+from tests.fixtures.thorough import more
 
 BLOCK = 4
 UNUSED = ("seq_ids", "positions", "slot_mapping", "cu_seqlens", "logits_indices")
@@ -70,8 +71,8 @@ def attended(ctx, query_lens, k, q, *, num_tokens, cascade):
   return ctx, out, status, view.shared_prefix
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("num_tokens", [None, 8])
+@pytest.mark.parametrize("name", ["plain", *more(*sorted(LAYERS.keys() - {"plain"}))])
+@pytest.mark.parametrize("num_tokens", [None, *more(8)])
 def test_forks_attend_alike(name, num_tokens):
   config = CacheConfig(
     layers=LAYERS[name], num_blocks=40, block_size=BLOCK, max_seqs=4, max_seq_len=64

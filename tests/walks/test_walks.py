@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvcache import Status
+from tests.fixtures.thorough import more
 from tests.walks import walk as walks
 from tests.walks.checks import same_bits, to_host
 from tests.walks.moves import CONFIGS, PHASES, script
@@ -33,12 +34,16 @@ MUST_HAPPEN = {
 }
 
 
-@pytest.mark.parametrize("name", SEEDS)
+REST = sorted(SEEDS.keys() - {"tiny"})
+
+
+@pytest.mark.parametrize("name", ["tiny", *more(*REST)])
 def test_walks_agree_with_the_oracle(name):
   for seed in range(SEEDS[name]):
     assert walks.walked(name, seed).num_steps == walks.NUM_STEPS
 
 
+@pytest.mark.thorough
 def test_walks_come_across_everything():
   """A walk that never met a refusal or a swap would prove little."""
   wanted = [
@@ -51,6 +56,7 @@ def test_walks_come_across_everything():
   assert not walks.rare(SEEDS, wanted)
 
 
+@pytest.mark.thorough
 def test_walks_under_vmap_give_the_same_bits():
   config = CONFIGS["tiny"]
   several = [walks.Walk(config, seed=seed) for seed in range(100, 103)]

@@ -151,9 +151,7 @@ def programs(config: WalkConfig, *, batched: bool = False):
       after, *result = transition(ctx, **arrays)
       return after, poison(after), result
 
-    # Compiling takes longer than walking, so LLVM is told not to optimise.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(jax.vmap(run) if batched else run, compiler_options=options)
+    return jax.jit(jax.vmap(run) if batched else run)
 
   compiled = {name: program(f) for name, f in transitions(config).items()}
   same = {"admit_few": "admit", "speculate": "step", "extend_draft": "extend"}
