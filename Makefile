@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything is installed into .venv, from PyPI alone.
 # PYTHON=/path/to/python3.12  the interpreter that makes the environments
 # ARGS="..."                  handed on to pytest, the demo or the benchmarks
-# JOBS=2                      processes that run tests; all cores if not given
+# JOBS=2                      processes that run tests; one more than cores if not given
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-slow mutate lint format docs bench gpu tune floor aot \

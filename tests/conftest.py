@@ -35,14 +35,35 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+  """One process more than there are cores: some wait for others that they started."""
+  del config
+  return (os.cpu_count() or 1) + 1
+
+
 # These take minutes each: begun first, so that no process is left alone with one.
 LONGEST = (
-  "test_walks.py",
+  "test_sharding.py",
+  "test_distributed.py",
   "test_group_walks.py",
+  "test_walks.py",
+  "test_groups.py",
+  "test_notebooks.py",
+  "test_mosaic_sm90.py",
   "test_memory.py",
   "test_serve.py",
   "test_hybrid.py",
-  "test_groups.py",
+  "test_sections.py",
+  "test_draft_model.py",
+  "test_speculation.py",
+  "test_triton.py",
+  "test_doctests.py",
+  "test_hostile.py",
+  "test_search.py",
+  "test_handoff.py",
+  "test_gpu_measure.py",
+  "test_burst.py",
 )
 
 

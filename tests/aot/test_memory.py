@@ -250,7 +250,7 @@ HYBRID = dataclasses.replace(
 
 @pytest.mark.parametrize(
   "name",
-  ["admit", "publish", "decode_step", *more("fork", "finish", "evict", "serve")],
+  ["decode_step", *more("admit", "publish", "fork", "finish", "evict", "serve")],
 )
 def test_no_instruction_writes_all_states(name):
   """Nor those of one layer."""
@@ -316,9 +316,8 @@ WINDOWED = dataclasses.replace(
 @pytest.mark.parametrize(
   "name",
   [
-    "publish",
     "decode_step",
-    *more("admit", "fork", "rewind", "abandon", "evict"),
+    *more("admit", "fork", "rewind", "abandon", "publish", "evict"),
     *more("evict_window_blocks", "mixed_step", "serve"),
   ],
 )

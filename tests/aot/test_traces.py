@@ -162,6 +162,7 @@ def test_serve_is_traced_once_from_slice_to_slice():
   assert serve()._cache_size() == num_traces
 
 
+@pytest.mark.thorough
 def test_generate_is_traced_once_from_slice_to_slice_and_call_to_call():
   traces = []
 

@@ -222,6 +222,7 @@ def bad_work(send, task):
     send(Finished(section=section))
 
 
+@pytest.mark.thorough
 def test_what_hangs_or_dies_is_named_and_the_rest_goes_on():
   task = Task(sections=("a", "b", "c", "d"), is_dry=True, seconds=60.0)
   facts, *rows = measure.measure(task, bad_work)

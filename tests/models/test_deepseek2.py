@@ -175,6 +175,7 @@ def test_settings_as_published_checkpoints_spell_them(tmp_path):
   assert (config.rope_theta, config.rope_factors, config.rope_scale) == (100, None, 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
   jax.__version_info__ < (0, 12),
   reason="XLA:CPU of jax 0.11 copies a pool of one kv head into an equal layout",

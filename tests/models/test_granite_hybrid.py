@@ -68,6 +68,7 @@ def test_decoding_a_whole_prompt_equals_prefill():
   np.testing.assert_allclose(logits[row], LONG["logits"], atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_logits_after_a_prefix_hit_are_the_same():
   """The state is restored where the K/V are, between chunks of any size."""
   ctx = context(snapshot_interval=1, num_snapshots=16)

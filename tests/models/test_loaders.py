@@ -18,6 +18,7 @@ from kvcache.models.gguf import read_gguf
 from kvcache.nn import as_function
 from tests.fixtures.model_runs import admit, context_for, feed, greedy
 from tests.fixtures.places import GOLDENS
+from tests.fixtures.thorough import more
 
 LLAMAS = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
 TINY = (*LLAMAS, "tiny_mistral", "tiny_gemma2")
@@ -35,7 +36,10 @@ def leaves(model: models.Llama) -> dict[str, np.ndarray]:
 # --- Hugging Face folders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+  "name",
+  ["tiny_llama", "tiny_gemma2", *more("tiny_qwen2", "tiny_qwen3", "tiny_mistral")],
+)
 def test_a_folder_computes_what_transformers_computes(name):
   loaded = load(GOLDENS / name, scan_layers=name != "tiny_qwen3")
   assert loaded.tokenizer is None and loaded.chat_template is None

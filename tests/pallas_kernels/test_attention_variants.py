@@ -35,7 +35,6 @@ VARIANTS = {
   "all at once": {"sliding_window": 6, "sinks": SINKS, "logits_soft_cap": 2.0},
 }
 STORES = ["plain", "narrow values", "latent", "int8", "fp8", "latent int8"]
-LAYOUTS = pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["decode", "packed"])
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -70,7 +69,7 @@ def arguments(batch: Batch, store: str):
   return (q, k, v, *rest), options
 
 
-@LAYOUTS
+@pytest.mark.parametrize("chunks", [CHUNKS, *more(None)], ids=["packed", "decode"])
 @pytest.mark.parametrize(
   ("variant", "store"),
   [

@@ -59,7 +59,7 @@ def both(*args, num_prefix_blocks, shares=None, **options):
   return shared, paged_attention(*args, **options)
 
 
-@pytest.mark.parametrize("num_prefix_blocks", [0, 32, *more(1, NUM_SHARED)])
+@pytest.mark.parametrize("num_prefix_blocks", [32, *more(0, 1, NUM_SHARED)])
 @pytest.mark.parametrize("chunks", [None, [10, 1, 0, 5, 4]], ids=["decode", "packed"])
 @pytest.mark.parametrize("options", [{}, {"sinks": SINKS, "logits_soft_cap": 2.0}])
 def test_a_shared_prefix_changes_nothing(scene, chunks, num_prefix_blocks, options):
@@ -88,14 +88,14 @@ def mixed(scene):
   return tables, k, v, np.array([100, 161, 0, 165, 180], np.int32)
 
 
-@pytest.mark.parametrize("num_prefix_blocks", [25, P + 1, *more(0, 1, NUM_SHARED)])
+@pytest.mark.parametrize("num_prefix_blocks", [25, *more(0, 1, NUM_SHARED, P + 1)])
 @pytest.mark.parametrize(
   "chunks",
   # Row 4's queries begin behind the prefix, at it, before it; it is not in the step.
   [None, [3, 1, 0, 5, 4], [0, 0, 0, 3, 20], [2, 0, 0, 0, 21], [3, 0, 0, 5, 0]],
   ids=["decode", "behind", "at", "before", "nobody"],
 )
-@pytest.mark.parametrize("is_told", [False, True], ids=["found", "told"])
+@pytest.mark.parametrize("is_told", [False, *more(True)], ids=["found", "told"])
 def test_rows_that_do_not_share_are_served_too(
   mixed, chunks, num_prefix_blocks, is_told
 ):

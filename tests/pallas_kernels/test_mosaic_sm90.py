@@ -142,12 +142,12 @@ def check(args, *, max_query_len=None, **options):
   [
     ([1, 0, 130, 300], {}, {}),
     ([9, 80], {"queries": 3, "block_size": 8}, {}),
-    (
-      [40, 200],
-      {"window": 70},
-      {"sliding_window": 70, "logits_soft_cap": 2.0, "sinks": jnp.arange(4.0)},
-    ),
     *more(
+      (
+        [40, 200],
+        {"window": 70},
+        {"sliding_window": 70, "logits_soft_cap": 2.0, "sinks": jnp.arange(4.0)},
+      ),
       ([70, 200], {"block_size": 64, "head_dim": 128}, {}),
       ([1, 200], {"block_size": 128}, {}),
       ([90], {"group": 10}, {}),
@@ -183,7 +183,8 @@ def test_prompt_chunks_go_beside_decoding(rows, settings, options):
   check(make(rows, **settings), **options)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float8", *more("int8")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kv_dtype", ["float8", "int8"])
 @pytest.mark.parametrize(
   ("rows", "settings", "options"),
   [

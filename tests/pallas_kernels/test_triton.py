@@ -84,8 +84,8 @@ def test_every_length_is_right(chunks, group):
   [
     (None, "all at once", "plain"),
     (CHUNKS, "sinks", "int8"),
-    (None, "soft cap", "latent int8"),
     *more(
+      (None, "soft cap", "latent int8"),
       (CHUNKS, "all at once", "plain"),
       (None, "window across tiles", "fp8"),
       (CHUNKS, None, "latent"),
@@ -117,6 +117,7 @@ def test_keys_wider_than_their_values_and_queries_wider_than_both():
   check(batch, args, {})
 
 
+@pytest.mark.thorough
 def test_rows_that_are_seen_whole():
   """Without causality: the queries of a shared prefix, as in cascade attention."""
   batch = Batch(2, chunks=CHUNKS, head_dim=D)
@@ -144,7 +145,8 @@ def test_neighbours_do_not_change_bits(chunks):
     np.testing.assert_array_equal(alone[1][mine], lse[mine])
 
 
-@pytest.mark.parametrize("store", ["fp8", *more("latent int8")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("store", ["fp8", "latent int8"])
 def test_pairs_of_elements_are_the_elements(monkeypatch, store):
   """And so are elements that are put together of their bits."""
   monkeypatch.setattr("tests.pallas_kernels.test_attention_variants.DV", 32)

@@ -144,6 +144,7 @@ def test_the_table_keeps_other_devices_and_forgets_what_is_no_better():
   }
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The Pallas Triton:DeprecationWarning")
 def test_a_dry_run_tries_settings_and_writes_a_table(tmp_path, capfd):
   path = tmp_path / "tuned.json"

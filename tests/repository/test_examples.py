@@ -22,7 +22,8 @@ def test_models_generate(example):
   assert all(0 <= token < example.VOCAB for token in first + second)
 
 
-@pytest.mark.parametrize("example", [move_flax, *more(move_function)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("example", [move_flax, move_function])
 def test_a_moved_model_gives_the_tokens_it_gave_before(example):
   before, after = example.main()
   assert before == after

@@ -18,7 +18,9 @@ NAMES = (
   "07_your_own_model",
   "08_kernels_and_roofline",
 )
-SLOW = ("06_ten_thousand_requests",)
+SLOW = {"06_ten_thousand_requests"}
+THOROUGH = {"04_fork_branch_and_time_travel", "05_hybrid_mamba"}
+"""Three loops are compiled in each, for a minute: everyday tests do the others."""
 MAX_BYTES = 400_000
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -104,14 +106,15 @@ def run(path, folder):
   return notebook
 
 
+def marks(name):
+  if name in SLOW:
+    return [pytest.mark.slow]
+  return [pytest.mark.thorough] if name in THOROUGH else []
+
+
 @pytest.mark.parametrize(
   "path",
-  [
-    pytest.param(
-      path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem
-    )
-    for path in NOTEBOOKS
-  ],
+  [pytest.param(path, marks=marks(path.stem), id=path.stem) for path in NOTEBOOKS],
 )
 # Of the machinery between the kernel and the test, not of the notebook.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

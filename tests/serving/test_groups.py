@@ -282,6 +282,7 @@ def test_forks_share_the_window_and_write_their_own():
     np.testing.assert_array_equal(logits, logits_of([*TEXT[:30], token]))
 
 
+@pytest.mark.thorough
 def test_no_row_writes_over_what_a_fork_still_sees():
   """Of two equal rows the second keeps blocks of its own, and a fork shares them."""
   tokens = jnp.asarray([TEXT[:30] + [0] * 18] * 2, jnp.int32)
@@ -309,8 +310,10 @@ def test_no_row_writes_over_what_a_fork_still_sees():
   ("sizes", "want"),
   [
     ({"num_window_blocks": 9}, kvcache.Status.NO_WINDOW_BLOCKS),
-    ({"num_blocks": 9}, kvcache.Status.NO_BLOCKS),
-    ({"num_blocks": 9, "num_window_blocks": 9}, kvcache.Status.NO_BLOCKS),
+    *more(
+      ({"num_blocks": 9}, kvcache.Status.NO_BLOCKS),
+      ({"num_blocks": 9, "num_window_blocks": 9}, kvcache.Status.NO_BLOCKS),
+    ),
   ],
   ids=["window", "context", "both"],
 )
@@ -386,6 +389,7 @@ def test_sequences_move_to_other_block_sizes():
   np.testing.assert_array_equal(logits, logits_of(TEXT[:33]))
 
 
+@pytest.mark.thorough
 def test_what_was_not_brought_along_is_never_found():
   """Of column 5 the imported row has its last token only, 23: it needs no more."""
   ctx, row, *_ = start(toy.fresh(SMALL), TEXT[:29])

@@ -149,6 +149,7 @@ def test_a_hit_is_cut_back_to_the_last_snapshot():
   assert stats(ctx).num_snapshots.item() == 2  # after 4, and after 12
 
 
+@pytest.mark.thorough
 def test_snapshots_are_lacking_only_where_a_step_comes_to_one():
   ctx = fresh(with_sizes(num_snapshots=2, snapshot_interval=1).sizes)
   lacking = jax.jit(sch.num_snapshots_lacking)
@@ -160,6 +161,7 @@ def test_snapshots_are_lacking_only_where_a_step_comes_to_one():
     assert lacking(ctx, query_lens) == want, (end, num_tokens)
 
 
+@pytest.mark.thorough
 def test_without_snapshots_a_prompt_starts_from_nothing():
   ctx = fresh(with_sizes(num_snapshots=0).sizes)
   ctx, _, _ = start(ctx, PROMPT, ends=[24, 25])
@@ -168,6 +170,7 @@ def test_without_snapshots_a_prompt_starts_from_nothing():
   assert ctx.counters.lost_tokens.item() == 24
 
 
+@pytest.mark.thorough
 def test_a_snapshot_outlives_the_sequence_that_made_it():
   ctx = fresh(ROOMY.sizes)
   ctx, row, _ = start(ctx, PROMPT, ends=[24, 25])
@@ -192,6 +195,7 @@ def test_a_snapshot_goes_with_a_block_that_was_never_published():
   assert stats(ctx).num_snapshots.item() == 0
 
 
+@pytest.mark.thorough
 def test_equal_prompts_side_by_side_keep_one_snapshot():
   tokens = jnp.asarray([PROMPT] * 2, jnp.int32)
   ctx = fresh(ROOMY.sizes)

@@ -93,6 +93,7 @@ def generate_among(lengths, prompts, max_new_tokens):
   return ctx, done
 
 
+@pytest.mark.thorough
 def test_generate_serves_beside_rows_of_others():
   """A pinned row: what begins as it does finds its blocks."""
   prompt = [7] * 16 + [1, 2]

@@ -398,12 +398,14 @@ def test_vmap_gives_the_tokens_of_each_batch():
     np.testing.assert_array_equal(got[i], np.asarray(expected))
 
 
+@pytest.mark.thorough
 def test_eager_and_jit_agree():
   logits = jnp.asarray(np.random.default_rng(7).normal(size=(1, 5)), jnp.float32)
   args = (logits, settings_of(FULL), jnp.zeros(1, jnp.int32))
   assert sampling.sample(*args) == SAMPLE(*args)
 
 
+@pytest.mark.thorough
 def test_tokens_are_the_same_with_64_bits():
   rng = np.random.default_rng(11)
   logits = rng.normal(size=(3, 50)).astype(np.float32)

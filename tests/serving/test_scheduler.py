@@ -203,6 +203,7 @@ def test_rows_follow_the_order_of_their_requests_and_the_others_come_last():
   assert rows.tolist() == [3, 1, 0, 2]
 
 
+@pytest.mark.thorough
 def test_a_policy_of_ones_own_is_followed():
   requests = make([prompt_of(60, seed) for seed in range(3)])
   assert planned(toy.fresh(ROOMY), requests, CONTRARY) == {2: 60, 1: 4, 0: 0}
@@ -395,6 +396,7 @@ def test_the_latest_are_preempted_and_restart_from_their_cached_prefix():
   assert not np.any(requests.num_cached)  # when first admitted
 
 
+@pytest.mark.thorough
 def test_prompts_among_themselves_give_way_only_to_the_first():
   # 8 blocks of 4, 7 of them full: the first can go on, the three others cannot.
   prompts = [prompt_of(20, seed) for seed in range(4)]

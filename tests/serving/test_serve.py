@@ -316,8 +316,8 @@ def test_a_request_that_never_stops_ends_where_its_row_does():
   [
     (CROWDED, 65, Status.TOO_LONG),  # a row has 64
     (CROWDED, 0, Status.EMPTY),
-    (SINGLES, 17, Status.INVALID),  # the buffer has 16, a row 24
     *more(
+      (SINGLES, 17, Status.INVALID),  # the buffer has 16, a row 24
       (CROWDED, 1000, Status.TOO_LONG),
       (SINGLES, 25, Status.TOO_LONG),
       (TINY[2], 9, Status.TOO_LONG),  # the pool has 8, a row 32
@@ -395,6 +395,7 @@ def test_higher_priority_ends_first():
   assert first.max() < third.min()
 
 
+@pytest.mark.thorough
 def test_logprobs_are_recorded_only_if_asked_for():
   _, requests = check(LONG, [[1, 2, 3]], 3)
   assert requests.logprobs is None

@@ -136,6 +136,7 @@ def test_prompt_lookup_proposes_what_followed_before():
   assert has_any
 
 
+@pytest.mark.thorough
 def test_a_text_that_repeats_itself_is_guessed():
   """The toy model's text is noise, but a stop-free one of few rows has repetitions."""
   prompts = [[1, 2] * 10, [7] * 20]

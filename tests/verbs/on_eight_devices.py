@@ -378,8 +378,8 @@ def hybrid_model(num_groups):
 @pytest.mark.parametrize(
   ("make", "local_shapes"),
   [
-    (latent_model, None),
     *more(
+      (latent_model, None),
       (functools.partial(hybrid_model, 4), {"conv": (12, 3), "ssm": (1, 4, 8)}),
       (functools.partial(hybrid_model, 1), {"conv": (6, 3), "ssm": (1, 4, 8)}),
     ),

@@ -68,6 +68,7 @@ def stop_after(num_slices):
   return on_slice
 
 
+@pytest.mark.thorough
 def test_stopped_work_goes_on_with_the_same_bits(tmp_path):
   for num_slices in (1, 3):
     with pytest.raises(StopError):

@@ -64,7 +64,7 @@ def go_on(ctx, row, num=6):
 
 
 @pytest.mark.parametrize(
-  ("kind", "block_size"), [("hybrid", 8), *more(("attention", 1))]
+  ("kind", "block_size"), [("attention", 1), *more(("hybrid", 8))]
 )
 @pytest.mark.parametrize("length", [7, 33, *more(1, 4, 8)])
 def test_a_sequence_goes_on_in_another_context(kind, length, block_size):

@@ -98,6 +98,7 @@ def test_forks_attend_alike(name, num_tokens):
   assert name == "window" or np.any(out != plain)  # it did take another way
 
 
+@pytest.mark.thorough
 def test_the_loop_serves_the_same_tokens():
   model = Llama(
     LlamaConfig(

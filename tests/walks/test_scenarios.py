@@ -12,6 +12,7 @@ from kvcache import AttentionLayer, CacheConfig, Status
 from kvcache.parts import blocks, hashing, ragged
 from tests.fixtures import scenes
 from tests.fixtures.scenes import Scene
+from tests.fixtures.thorough import more
 
 OK, NO_BLOCKS = Status.OK, Status.NO_BLOCKS
 PAGES = scenes.config(num_blocks=64, block_size=32, max_seqs=12, max_seq_len=256)
@@ -164,7 +165,7 @@ def prefixes_of(names):
   return [tuple(names[:end]) for end in range(1, len(names) + 1)]
 
 
-@pytest.mark.parametrize("seeds", [range(25), range(25, 50)], ids=str)
+@pytest.mark.parametrize("seeds", [range(25), *more(range(25, 50))], ids=str)
 def test_forests_are_evicted_leaves_first(seeds):
   for seed in seeds:
     check_forest(np.random.default_rng(seed))
