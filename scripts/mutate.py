@@ -264,9 +264,11 @@ class _Plugin:
 
   @pytest.hookimpl(trylast=True)
   def pytest_collection_modifyitems(self, items):
+    # JAX was imported by the parent, so it has not read what tests/conftest.py says.
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    if not self.may_store:
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    least = 0.02 if self.may_store else 1e9
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     items.sort(key=lambda item: self.files.index(str(item.path.relative_to(ROOT))))
 
 
