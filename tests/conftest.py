@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
-MAX_MAPS = 30_000
+MAX_MAPS = 15_000
 """Of the memory maps of a process, of which the kernel allows some 65,000."""
 
 
