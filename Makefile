@@ -4,8 +4,8 @@
 # JOBS=2                      processes that run tests; one more than cores if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-slow mutate lint format docs bench gpu tune floor aot \
-  wheel-test clean distclean
+.PHONY: help setup demo test test-all test-slow mutate lint format docs bench gpu tune \
+  floor aot wheel-test clean distclean
 
 BIN := .venv/bin
 JOBS := auto
